@@ -11,9 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 # What the Hub accepts as a repository name: 96 characters of [A-Za-z0-9._-], no "--" or "..",
 # not beginning or ending with "-" or "."; ours are lower case.
-EntryId = Annotated[
-    str, Field(pattern=r"^(?!.*(--|\.\.))[a-z0-9]([a-z0-9._-]{0,94}[a-z0-9])?$", max_length=96)
-]
+EntryId = Annotated[str, Field(pattern=r"^[a-z0-9]+(?:[._-][a-z0-9]+)*$", max_length=96)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Status = Literal["verified", "failed", "published"]
 Direction = Literal["higher_is_better", "lower_is_better"]

@@ -1,0 +1,214 @@
+"""Reading and writing a Hugging Face model folder a few tensors at a time.
+
+A model is never whole in memory: the reader maps a shard only while it copies the tensors asked for,
+the writer keeps at most one shard.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pipelines.families import Family, family_of
+from zoo.entry import Layer
+from zoo.errors import FormatError, NumericsError, SourceError
+from zoo.files import told_plainly
+
+SHARD_BYTES = 2 << 30
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+COMPRESSION = "compression.json"
+GRID = "grid.safetensors"
+
+
+class Checkpoint:
+    """A model folder: config, family, and its tensors by name."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        config = folder / "config.json"
+        if not config.is_file():
+            raise SourceError(
+                f"{folder} is not a model folder", expected="config.json and *.safetensors in it"
+            )
+        try:
+            self.config: dict[str, Any] = json.loads(config.read_text())
+        except ValueError as error:
+            raise FormatError(f"{config} is not JSON", saw=str(error)) from error
+        self.family: Family = family_of(self.config)
+        self._shard_of = self._read_index()
+
+    def _read_index(self) -> dict[str, str]:
+        index = self.folder / INDEX
+        if index.is_file():
+            try:
+                table: dict[str, str] = json.loads(index.read_text())["weight_map"]
+                shards = sorted(set(table.values()))
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise FormatError(f"{index} has no usable weight_map", saw=repr(error)) from error
+        else:
+            table, shards = {}, [WEIGHTS]
+        for shard in shards:
+            path = self.folder / shard
+            if Path(shard).name != shard or not path.is_file():
+                raise SourceError(f"{self.folder} lacks its weights", expected=f"a file {shard}")
+            with _opened(path) as file:
+                held = set(file.keys())
+            if not index.is_file():
+                table = dict.fromkeys(held, shard)
+            missing = [name for name, where in table.items() if where == shard and name not in held]
+            if missing:
+                raise FormatError(f"{path} lacks tensors that the index places in it", saw=missing[0])
+        return table
+
+    @property
+    def names(self) -> list[str]:
+        return sorted(self._shard_of)
+
+    @property
+    def layer_count(self) -> int:
+        return int(self.config.get("num_hidden_layers") or self.config["n_layers"])
+
+    @property
+    def tied(self) -> bool:
+        return f"{self.family.head}.weight" not in self._shard_of
+
+    def tensors(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Copies of the named tensors, in the file's own type. Raises on NaN, infinity or absence."""
+        wanted: dict[str, list[str]] = {}
+        for name in names:
+            if name not in self._shard_of:
+                raise FormatError(f"{self.folder} lacks the tensor {name}")
+            wanted.setdefault(self._shard_of[name], []).append(name)
+        found: dict[str, Tensor] = {}
+        for shard, members in wanted.items():
+            with _opened(self.folder / shard) as file:
+                for name in members:
+                    found[name] = file.get_tensor(name).clone()
+        for name, tensor in found.items():
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                bad = int((~torch.isfinite(tensor)).sum())
+                raise NumericsError(
+                    f"{name} in {self.folder} holds NaN or infinity", saw=f"{bad} of {tensor.numel()} values"
+                )
+        return found
+
+    def layer(self, index: int) -> dict[str, Tensor]:
+        """Tensors of decoder layer `index`, named relative to the layer."""
+        prefix = self.family.layer_prefix(index)
+        names = [name for name in self._shard_of if name.startswith(prefix)]
+        return {name.removeprefix(prefix): tensor for name, tensor in self.tensors(names).items()}
+
+    def outer_names(self) -> list[str]:
+        """Names of the tensors outside the decoder layers: embeddings, final norm, head."""
+        stem = self.family.layers.split("{i}")[0]
+        return [name for name in self.names if not name.startswith(stem)]
+
+    def compression(self) -> list[Layer]:
+        """What earlier steps did to the layers; empty for a base model."""
+        path = self.folder / COMPRESSION
+        if not path.is_file():
+            return []
+        return [Layer.model_validate(layer) for layer in json.loads(path.read_text())["layers"]]
+
+    def grids(self) -> dict[str, Tensor]:
+        """`<module>.scale` and `<module>.zero_point` of the quantized layers."""
+        path = self.folder / GRID
+        if not path.is_file():
+            return {}
+        with _opened(path) as file:
+            return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+
+
+class _opened:
+    """safe_open with this project's errors; the map is dropped on exit, so memory does not pile up."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> Any:
+        try:
+            self._file = safe_open(self.path, framework="pt")
+            return self._file.__enter__()
+        except (SafetensorError, OSError) as error:
+            raise FormatError(
+                f"{self.path} is not a readable safetensors file",
+                saw=str(error),
+                try_="fetch or export the file again",
+            ) from error
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.__exit__(kind, error, trace)
+
+
+class CheckpointWriter:
+    """Writes a model folder shard by shard. Use `add` for every tensor, then `finish` once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._shard: dict[str, Tensor] = {}
+        self._bytes = 0
+        self._shards: list[list[str]] = []
+        self._total = 0
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        size = tensor.numel() * tensor.element_size()
+        if self._shard and self._bytes + size > SHARD_BYTES:
+            self._flush()
+        self._shard[name] = tensor.detach().cpu().contiguous()
+        self._bytes += size
+        self._total += size
+
+    def _flush(self) -> None:
+        with told_plainly(self.folder):
+            try:
+                save_file(self._shard, self._part(len(self._shards)), metadata={"format": "pt"})
+            except SafetensorError as error:  # it wraps the system's error in text
+                if "No space left" in str(error) or "os error 28" in str(error):
+                    raise OSError(28, "No space left on device") from error
+                raise
+        self._shards.append(sorted(self._shard))
+        self._shard, self._bytes = {}, 0
+
+    def _part(self, number: int) -> Path:
+        return self.folder / f"part-{number:05d}"
+
+    def finish(self) -> None:
+        if self._shard:
+            self._flush()
+        count = len(self._shards)
+        if count == 1:
+            self._part(0).rename(self.folder / WEIGHTS)
+            return
+        table = {}
+        for number, names in enumerate(self._shards):
+            shard = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+            self._part(number).rename(self.folder / shard)
+            table |= dict.fromkeys(names, shard)
+        index = {"metadata": {"total_size": self._total}, "weight_map": dict(sorted(table.items()))}
+        (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def side_files(folder: Path) -> Iterator[Path]:
+    """Config, tokenizer and other small files: what a step copies unchanged beside new weights."""
+    for path in sorted(folder.iterdir()):
+        weights = path.suffix in {".safetensors", ".bin", ".pt", ".gguf"} or path.name in {INDEX, COMPRESSION}
+        if path.is_file() and not weights:
+            yield path
+
+
+def copy_side_files(source: Path, target: Path) -> None:
+    with told_plainly(target):
+        for path in side_files(source):
+            shutil.copyfile(path, target / path.name)

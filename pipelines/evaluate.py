@@ -1,0 +1,301 @@
+"""Measure a model folder: perplexity, fidelity to the base model, and the tasks of lm-eval."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import psutil
+import torch
+from torch import Tensor
+
+from pipelines.text import Ids, Text
+from zoo import __version__
+from zoo.entry import Measurement
+from zoo.errors import FormatError, NumericsError, SourceError, ZooError
+from zoo.progress import track
+
+HARNESS = f"zoo {__version__}"
+BATCH_TOKENS = 2048  # per forward pass: a CPU is busy with these, and a 7B's activations stay small
+POSITIONS = 128  # whose logits exist at a time
+Subject = Literal["entry", "base"]
+Values = npt.NDArray[np.float64]
+
+
+def load_model(folder: Path) -> tuple[Any, Any]:
+    """The model in `folder`, in evaluation mode, and its tokenizer.
+
+    bfloat16 on a GPU when there is one; on the CPU float32 if that takes at most half of the memory, else
+    bfloat16. Only safetensors are read, nothing is downloaded, and no code in the folder is run. Raises
+    SourceError or FormatError when the folder does not hold a whole model.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    if not (folder / "config.json").is_file():
+        raise SourceError(f"{folder} is not a model folder", saw="no config.json in it")
+    logging.disable_progress_bar()
+    local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        config = AutoConfig.from_pretrained(folder, **local)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **local)
+        with torch.device("meta"):
+            parameters = AutoModelForCausalLM.from_config(config, trust_remote_code=False).num_parameters()
+        cuda = torch.cuda.is_available()
+        fits = 4 * parameters <= psutil.virtual_memory().total / 2
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=torch.float32 if fits and not cuda else torch.bfloat16,
+            use_safetensors=True,
+            output_loading_info=True,
+            **local,
+        )
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise _out_of_memory(folder.name) from error
+    except Exception as error:  # transformers tells of a damaged folder in every type of exception
+        raise FormatError(f"{folder} cannot be loaded", saw=last_line(error)) from error
+    # transformers only warns of these, and goes on with random weights.
+    wrong = sorted(map(str, [*loading["missing_keys"], *loading["mismatched_keys"]]))
+    if wrong:
+        raise FormatError(f"{folder} does not hold a whole model", saw=f"no usable {', '.join(wrong[:3])}")
+    return model.to("cuda" if cuda else "cpu").eval(), tokenizer
+
+
+def perplexity(model: Any, ids: Ids, *, text: Text, subject: Subject) -> list[Measurement]:
+    """exp(mean negative log-likelihood) of the predicted tokens of `ids` (windows, length).
+
+    Windows do not see each other and the first token of each is not predicted. The standard error is that of
+    the mean over windows, carried through exp (delta method).
+    """
+    head = model.get_output_embeddings()
+    states = _hidden_states(model, ids, f"perplexity on {text.name}")
+    nll = np.array([_negative_log_likelihood(head, hidden[:-1], window[1:]) for window, hidden in states])
+    value = float(np.exp(nll.mean()))
+    error = _stderr(nll)
+    return [
+        _measurement(
+            metric="perplexity",
+            value=value,
+            stderr=None if error is None else value * error,
+            direction="lower_is_better",
+            ids=ids,
+            text=text,
+            subject=subject,
+            model=model,
+        )
+    ]
+
+
+def fidelity(base: Path, folder: Path, ids: Ids, *, text: Text) -> list[Measurement]:
+    """How near the model in `folder` is to `base` at every position of `ids` (windows, length).
+
+    Mean KL(base || entry) of the next-token distributions in nats, and the share of positions at which both
+    rank the same token first; standard errors over windows. One model is in memory at a time: of the base
+    only its head and last hidden states (windows, length, hidden) are kept, and few logits exist at a time.
+    """
+    with _loaded(base) as model:
+        base_head = model.get_output_embeddings()
+        base_states = [hidden for _, hidden in _hidden_states(model, ids, f"base on {text.name}")]
+    with _loaded(folder) as model:
+        head = model.get_output_embeddings()
+        if head.weight.shape[0] != base_head.weight.shape[0]:
+            raise ZooError(
+                "the entry and its base do not share a vocabulary",
+                saw=f"{head.weight.shape[0]} tokens in {folder.name}",
+                expected=f"{base_head.weight.shape[0]} as in {base.name}",
+            )
+        states = _hidden_states(model, ids, f"fidelity on {text.name}")
+        pairs = [
+            _compare(base_head, reference, head, hidden)
+            for reference, (_, hidden) in zip(base_states, states, strict=True)
+        ]
+        divergence, agreement = np.array(pairs).T
+        common: dict[str, Any] = {"ids": ids, "text": text, "subject": "entry", "model": model}
+        return [
+            _measurement(
+                metric="kl_divergence",
+                value=float(divergence.mean()),
+                stderr=_stderr(divergence),
+                unit="nats",
+                direction="lower_is_better",
+                **common,
+            ),
+            _measurement(
+                metric="top1_agreement",
+                value=float(agreement.mean()),
+                stderr=_stderr(agreement),
+                direction="higher_is_better",
+                **common,
+            ),
+        ]
+
+
+def lm_eval_tasks(
+    folder: Path,
+    tasks: list[str],
+    *,
+    subject: Subject,
+    few_shot: int | None = None,
+    limit: int | None = None,
+    data: Path | None = None,
+    batch_size: int | None = None,
+) -> list[Measurement]:
+    """Run lm-eval's `tasks` (and `zoo_choice`, which is ours) on the model in `folder`.
+
+    `few_shot` None means as the task says; `limit` is of questions per task (per subtask of a group); `data`
+    is a folder laid out like the Hub, used instead of it; `batch_size` None means what fits in 1 GiB of
+    logits. A group yields its aggregate. lm-eval runs in a process of its own, because data sets are found
+    through the working directory and offline mode is fixed at import.
+    """
+    if data is not None and not data.is_dir():
+        raise ZooError(f"there is no folder {data} to take data sets from", expected="org/name folders in it")
+    request = {
+        "folder": str(folder.absolute()),
+        "tasks": tasks,
+        "subject": subject,
+        "few_shot": few_shot,
+        "limit": limit,
+        "batch_size": batch_size,
+    }
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    if data is not None:
+        environment |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    with tempfile.TemporaryDirectory() as scratch:
+        asked, answered, log = (Path(scratch, name) for name in ("request.json", "answer.json", "log"))
+        asked.write_text(json.dumps(request))
+        # -P: the working directory, full of folders with other people's names, must not be imported from.
+        command = [sys.executable, "-P", "-m", "pipelines.harness", str(asked), str(answered)]
+        with log.open("wb") as errors:
+            process = subprocess.Popen(
+                command, cwd=data, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True
+            )
+        try:
+            assert process.stdout is not None
+            _relay(process.stdout)
+            code = process.wait()
+        finally:
+            process.kill()
+            process.wait()
+        if not answered.is_file():
+            if code == -9:
+                raise _out_of_memory(", ".join(tasks))
+            noise = log.read_text(errors="replace").strip().splitlines() or ["nothing was said"]
+            raise ZooError(f"lm-eval ended with code {code} on {', '.join(tasks)}", saw=noise[-1][:300])
+        answer = json.loads(answered.read_text())
+    if error := answer.get("error"):
+        raise ZooError(error["what"], saw=error["saw"], expected=error["expected"], try_=error["try_"])
+    return [Measurement.model_validate(item) for item in answer["measurements"]]
+
+
+def last_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[-1].strip()[:300]}" if lines else type(error).__name__
+
+
+def _out_of_memory(doing: str) -> ZooError:
+    return ZooError(
+        f"memory ran out on {doing}", try_="a smaller batch_size, or shorter or fewer windows, or more memory"
+    )
+
+
+def _relay(lines: Iterator[str]) -> None:
+    """Show the harness's progress: a line ["title", total], then one line for each of `total` done."""
+    for line in lines:
+        title, total = json.loads(line)
+        for _ in track(islice(lines, total), title, total):
+            pass
+
+
+@contextmanager
+def _loaded(folder: Path) -> Iterator[Any]:
+    """The model in `folder`, for the block. What the block keeps of it, it must hold itself."""
+    holder = [load_model(folder)[0]]
+    try:
+        yield holder[0]
+    finally:
+        holder.clear()
+        gc.collect()
+
+
+def _hidden_states(model: Any, ids: Ids, title: str) -> Iterator[tuple[Tensor, Tensor]]:
+    """Per window: its tokens (length,) and the input of the head (length, hidden)."""
+    windows, length = ids.shape
+    size = max(1, BATCH_TOKENS // length)
+    tokens = torch.from_numpy(ids)
+    with torch.inference_mode():
+        for start in track(range(0, windows, size), title):
+            batch = tokens[start : start + size].to(model.device)
+            hidden = model.base_model(batch, use_cache=False).last_hidden_state
+            if not hidden.isfinite().all():
+                raise NumericsError(
+                    f"the hidden states of {model.name_or_path} are not finite",
+                    saw=f"NaN or infinity in windows {start} to {start + len(batch) - 1}",
+                )
+            yield from zip(batch, hidden, strict=True)
+
+
+def _positions(length: int) -> Iterator[slice]:
+    return (slice(start, start + POSITIONS) for start in range(0, length, POSITIONS))
+
+
+@torch.inference_mode()
+def _negative_log_likelihood(head: torch.nn.Module, hidden: Tensor, targets: Tensor) -> float:
+    """Mean in nats over hidden states (length, hidden) of the tokens (length,) that follow them."""
+    total = 0.0
+    for at in _positions(len(hidden)):
+        logits = head(hidden[at]).float()
+        total += torch.nn.functional.cross_entropy(logits, targets[at], reduction="sum").item()
+    return total / len(hidden)
+
+
+@torch.inference_mode()
+def _compare(
+    base_head: torch.nn.Module, base_hidden: Tensor, head: torch.nn.Module, hidden: Tensor
+) -> tuple[float, float]:
+    """Mean KL(base || entry) and top-1 agreement over the positions of hidden states (length, hidden).
+
+    The families' heads have no scale and no soft cap: transformers does not apply MPT's `logit_scale` either.
+    """
+    divergence, agreement = 0.0, 0
+    for at in _positions(len(hidden)):
+        p: Tensor = base_head(base_hidden[at]).float().log_softmax(-1)
+        q: Tensor = head(hidden[at]).float().log_softmax(-1)
+        divergence += (p.exp() * (p - q)).sum(dtype=torch.float64).item()
+        agreement += int((p.argmax(-1) == q.argmax(-1)).sum())
+    return divergence / len(hidden), agreement / len(hidden)
+
+
+def _stderr(per_window: Values) -> float | None:
+    if len(per_window) < 2:
+        return None
+    return float(per_window.std(ddof=1) / np.sqrt(len(per_window)))
+
+
+def _measurement(*, ids: Ids, text: Text, model: Any, **fields: Any) -> Measurement:
+    windows, length = ids.shape
+    return Measurement(
+        task=text.name,
+        data_revision=text.revision,
+        context_length=length,
+        stride=length,
+        samples=windows,
+        sample_unit="windows",
+        harness=HARNESS,
+        dtype=str(model.dtype).removeprefix("torch."),
+        **fields,
+    )

@@ -1,0 +1,363 @@
+"""Does a GGUF file run, and does it say what the model says? Checked with llama.cpp, in a process of its own.
+
+`reference` computes the exported model's logits with transformers once; `verify_gguf` has llama.cpp
+compute them from each GGUF for the same token ids. Native code that crashes or hangs takes only the
+child process with it and becomes a failed verification.
+
+The child is `python -m pipelines.verify FOLDER`: it reads FOLDER/job.json and writes its answer there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipelines.export_gguf import TYPES
+from zoo.entry import Benchmark, Verification
+from zoo.machine import this_machine
+from zoo.progress import say
+
+RUNNER = "llama.cpp"
+SAMPLE_TOKENS = 32
+PREFILL_TOKENS = 512
+DECODE_TOKENS = 64
+REPEATS = 3
+TIMEOUT_S = 1800.0
+MAX_POSITIONS = 64  # of one prompt
+
+PROMPTS = (
+    "The history of bread begins long before anyone wrote it down. People ground wild grain between stones, "
+    "mixed the flour with water and left it near the fire, where some forgotten batch began to rise.",
+    "To find the area of a triangle, multiply its base by its height and divide by two. A triangle with a "
+    "base of 12 cm and a height of 7.5 cm therefore has an area of 45 square centimetres.",
+    'def median(values):\n    """The middle of the sorted values."""\n    ordered = sorted(values)\n'
+    "    middle = len(ordered) // 2\n    if len(ordered) % 2 == 1:\n        return ordered[middle]\n"
+    "    return (ordered[middle - 1] + ordered[middle]) / 2\n",
+    "Dear Ms. Alvarez,\n\nThank you for your letter of 3 March. We are sorry that the lamp you ordered came "
+    "with a broken shade, and we will send you a new one this week at no cost. Please keep the old one.",
+    "Question: Why does the moon always show us the same face?\nAnswer: Because it turns around itself in "
+    "exactly the time it takes to travel once around the Earth, so the same half always points at us.",
+    "The committee met on Tuesday evening to discuss the new bridge. Several members said that the old one "
+    "was still safe, while the engineer warned that its pillars had moved by 4 mm since last winter.",
+    "She closed the door, put the kettle on the stove and sat down by the window. Outside it had begun to "
+    "snow, and the street was so quiet that she could hear the clock in the next room.",
+    "Water boils at 100 degrees Celsius at sea level, but on a high mountain the air presses less on its "
+    "surface, so it boils at a lower temperature and an egg takes longer to cook.",
+)
+# Splitting is where tokenizers differ: only the ids are compared on these.
+TOKENIZER_TEXTS = (
+    "1969 2024  3.14159 1,000,000 x12y 0b1011",
+    "  two spaces,\ttab,\n\nnewlines \r\n and trailing   ",
+    "don't we'll THEY'RE it's I'd",
+    "naïve café — “quotes” … 100 € ½ ™",
+    "日本語のテキスト, русский текст, العربية, हिन्दी, 👩‍👩‍👧 🎉",
+    "for(i=0;i<10;++i){a[i]*=2;} // $x_1 != @y#z",
+)
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    min_top1: float  # fraction of positions where both put the same token first
+    max_kl: float  # nats, mean over positions, reference to runner
+
+
+# Measured on PROMPTS with SmolLM2-135M-Instruct (de-quantized from Q4_1, so every other four-bit grid hurts
+# it twice) and mpt-25m; see tests/test_verify.py. Small models suffer most from quantization, larger ones
+# stay far inside. The limits leave about three times what the worse of the two loses. They are there to
+# tell a damaged export from rounding: one wrong layer costs more than one nat.
+TOLERANCES = {
+    "F32": Tolerance(0.97, 0.001), "F16": Tolerance(0.97, 0.001), "BF16": Tolerance(0.93, 0.005),
+    "Q8_0": Tolerance(0.80, 0.05), "Q6_K": Tolerance(0.75, 0.10),
+    "Q5_K_M": Tolerance(0.60, 0.40), "Q5_K_S": Tolerance(0.60, 0.40),
+    "Q5_1": Tolerance(0.60, 0.40), "Q5_0": Tolerance(0.60, 0.40),
+    "Q4_K_M": Tolerance(0.50, 0.60), "Q4_K_S": Tolerance(0.50, 0.60), "Q4_1": Tolerance(0.50, 0.60),
+    "IQ4_NL": Tolerance(0.50, 0.60), "IQ4_XS": Tolerance(0.50, 0.60), "Q4_0": Tolerance(0.40, 1.20),
+    "Q3_K_L": Tolerance(0.40, 1.20), "Q3_K_M": Tolerance(0.40, 1.20), "Q3_K_S": Tolerance(0.30, 2.0),
+    "Q2_K": Tolerance(0.20, 3.0),
+}  # fmt: skip
+# What a bfloat16 reference (a model too large for float32 here) may differ by on its own.
+_BFLOAT16 = Tolerance(0.07, 0.01)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The exported model's own answers, from transformers.
+
+    ids: one list of token ids per prompt; log_probabilities: float32 (tokens, vocabulary) of each;
+    texts and text_ids: what both tokenizers must agree on.
+    """
+
+    ids: list[list[int]]
+    log_probabilities: list[NDArray[np.float32]]
+    texts: list[str]
+    text_ids: list[list[int]]
+    tokenizer: Any  # to write the sample out
+    dtype: str  # of the forward pass
+
+
+def reference(folder: Path, prompts: Sequence[str] = PROMPTS) -> Reference:
+    """Compute what every GGUF of the model in `folder` is held against; once for all of them.
+
+    Prompts are cut to 64 tokens, and to the sliding window, which llama.cpp does not have.
+    """
+    import torch
+
+    from pipelines.evaluate import load_model
+
+    model, tokenizer = load_model(folder)
+    config = model.config
+    context = getattr(config, "max_position_embeddings", None) or config.max_seq_len
+    length = min(MAX_POSITIONS, context, getattr(config, "sliding_window", None) or context)
+    texts = [*prompts, *TOKENIZER_TEXTS, *_with_special(tokenizer)]
+    text_ids = [list(tokenizer(text).input_ids) for text in texts]
+    ids = [tokens[:length] for tokens in text_ids[: len(prompts)]]
+    log_probabilities = []
+    with torch.inference_mode():
+        for tokens in ids:
+            logits = model(torch.tensor([tokens], device=model.device)).logits[0]
+            log_probabilities.append(logits.float().log_softmax(-1).cpu().numpy())
+    dtype = str(model.dtype).removeprefix("torch.")
+    return Reference(ids, log_probabilities, texts, text_ids, tokenizer, dtype)
+
+
+def _with_special(tokenizer: Any) -> list[str]:
+    """A text with the special tokens in it, as a chat template would write them."""
+    special = [token for token in tokenizer.all_special_tokens if token != tokenizer.unk_token]
+    return ["".join(f"{token}user\nHello there." for token in special[:4])] if special else []
+
+
+def verify_gguf(
+    gguf: Path, expected: Reference, *, threads: int, timeout_s: float = TIMEOUT_S
+) -> tuple[Verification, Benchmark | None]:
+    """Run the GGUF file with llama-cpp-python and compare it with `expected`.
+
+    The tolerance is that of the file's own type. Whatever goes wrong in llama.cpp, a crash or a hang
+    of `timeout_s` seconds included, is a failed Verification with the reason, and then there is no
+    Benchmark.
+    """
+    say(f"verifying {gguf.name} with llama.cpp")
+    with tempfile.TemporaryDirectory(prefix="zoo-verify-") as scratch:
+        job = {"gguf": str(gguf.absolute()), "threads": threads}
+        answer = {"do": "answer", "ids": expected.ids, "texts": expected.texts}
+        found = _child(Path(scratch) / "answer", job | answer, timeout_s)
+        if isinstance(found, str):
+            return _verification(gguf, found), None
+        logits = np.load(Path(scratch) / "answer" / "logits.npy", mmap_mode="r")
+        verification = _compare(gguf, found, logits, expected)
+        del logits
+        if not verification.passed:
+            return verification, None
+        flat = [token for tokens in expected.ids for token in tokens]
+        speed = _child(Path(scratch) / "speed", job | {"do": "speed", "ids": [flat]}, timeout_s)
+    if isinstance(speed, str):
+        return verification.model_copy(update={"passed": False, "reason": speed}), None
+    return verification, Benchmark(
+        runner=RUNNER,
+        runner_version=_version(),
+        artifact=gguf.name,
+        threads=threads,
+        repeats=REPEATS,
+        machine=this_machine(),
+        **speed,
+    )
+
+
+def _version() -> str:
+    return f"llama-cpp-python {version('llama-cpp-python')}"
+
+
+def _verification(gguf: Path, failure: str | None, **facts: Any) -> Verification:
+    return Verification(
+        runner=RUNNER,
+        runner_version=_version(),
+        artifact=gguf.name,
+        passed=failure is None,
+        reason=failure or "tokenizer, logits and a greedy sample agree with the exported model",
+        **facts,
+    )
+
+
+def _compare(
+    gguf: Path, found: dict[str, Any], logits: NDArray[np.float32], expected: Reference
+) -> Verification:
+    names = {str(number): name for name, number in TYPES.items()}
+    if (kind := names.get(found["file_type"])) is None:
+        return _verification(gguf, f"unknown general.file_type {found['file_type']}")
+    for text, ours, theirs in zip(expected.texts, expected.text_ids, found["text_ids"], strict=True):
+        if ours != theirs:
+            pairs = enumerate(zip(ours, theirs, strict=False))
+            at = next((i for i, (a, b) in pairs if a != b), min(len(ours), len(theirs)))
+            return _verification(
+                gguf,
+                f"llama.cpp tokenizes {text[:40]!r} differently, from token {at}: "
+                f"{theirs[at : at + 4]} instead of {ours[at : at + 4]}",
+            )
+    wanted = (sum(map(len, expected.ids)), expected.log_probabilities[0].shape[1])
+    if logits.shape != wanted:
+        return _verification(gguf, f"llama.cpp gave logits of shape {logits.shape}, not {wanted}")
+    divergence, agreement = [], []
+    start = 0
+    for target in expected.log_probabilities:
+        own = logits[start : start + len(target)].astype(np.float64)
+        start += len(target)
+        if not np.isfinite(own).all():
+            return _verification(gguf, "llama.cpp gave logits that are NaN or infinite")
+        own -= np.logaddexp.reduce(own, axis=1, keepdims=True)
+        divergence.append((np.exp(target, dtype=np.float64) * (target - own)).sum(axis=1))
+        agreement.append(own.argmax(axis=1) == target.argmax(axis=1))
+    kl, top1 = float(np.concatenate(divergence).mean()), float(np.concatenate(agreement).mean())
+    tolerance = TOLERANCES[kind]
+    if expected.dtype != "float32":
+        tolerance = Tolerance(tolerance.min_top1 - _BFLOAT16.min_top1, tolerance.max_kl + _BFLOAT16.max_kl)
+    sample = expected.tokenizer.decode(found["sample"])
+    failure = None
+    if kl > tolerance.max_kl or top1 < tolerance.min_top1:
+        failure = (
+            f"its logits are not the model's: mean KL divergence {kl:.4f} nats, top-1 agreement {top1:.3f} "
+            f"({kind} may differ by {tolerance.max_kl} and must reach {tolerance.min_top1})"
+        )
+    elif not sample.strip():
+        failure = f"its greedy sample of {SAMPLE_TOKENS} tokens is empty"
+    return _verification(
+        gguf,
+        failure,
+        top1_agreement=top1,
+        kl_divergence=max(kl, 0.0),  # rounding can leave a negative zero of 1e-9
+        min_top1_agreement=tolerance.min_top1,
+        max_kl_divergence=tolerance.max_kl,
+        positions=wanted[0],
+        sample=sample,
+    )
+
+
+def _child(scratch: Path, job: dict[str, Any], timeout_s: float) -> dict[str, Any] | str:
+    """Do `job` in a fresh process; its answer, or why there is none."""
+    scratch.mkdir()
+    (scratch / "job.json").write_text(json.dumps(job))
+    command = [sys.executable, "-m", "pipelines.verify", str(scratch)]
+    with (scratch / "log").open("w+b") as log:
+        try:
+            done = subprocess.run(command, stdout=log, stderr=log, timeout=timeout_s, check=False)
+        except subprocess.TimeoutExpired:
+            return f"llama.cpp did not finish within {timeout_s:.0f} s"
+    answer = scratch / "answer.json"
+    if done.returncode == 0 and answer.is_file():
+        found: dict[str, Any] = json.loads(answer.read_bytes())
+        return found
+    lines = [line for line in (scratch / "log").read_text(errors="replace").splitlines() if line.strip()]
+    last = lines[-1].strip()[:300] if lines else "no message"
+    if done.returncode < 0:
+        name = signal.Signals(-done.returncode).name
+        return f"llama.cpp crashed ({name}): {last}"
+    return f"llama.cpp failed: {last}"
+
+
+# In the child
+
+
+def _load(job: dict[str, Any], *, context: int, every_logit: bool) -> Any:
+    import llama_cpp
+
+    return llama_cpp.Llama(
+        job["gguf"],
+        n_ctx=context,
+        n_batch=PREFILL_TOKENS,
+        n_threads=job["threads"],
+        n_threads_batch=job["threads"],
+        logits_all=every_logit,
+        verbose=False,
+    )
+
+
+def _answer(job: dict[str, Any], scratch: Path) -> dict[str, Any]:
+    """Logits of every prompt at every position (to logits.npy), all texts tokenized, a greedy sample."""
+    longest = max(map(len, job["ids"]))
+    model = _load(job, context=longest + SAMPLE_TOKENS, every_logit=True)
+    shape = (sum(map(len, job["ids"])), model.n_vocab())
+    logits = np.lib.format.open_memmap(scratch / "logits.npy", mode="w+", dtype=np.float32, shape=shape)
+    start = 0
+    for ids in job["ids"]:
+        model.reset()
+        model.eval(ids)
+        logits[start : start + len(ids)] = model.scores[: len(ids)]
+        start += len(ids)
+    model.reset()
+    model.eval(job["ids"][0])
+    sample: list[int] = []
+    for _ in range(SAMPLE_TOKENS):
+        sample.append(int(model.scores[model.n_tokens - 1].argmax()))
+        model.eval(sample[-1:])
+    return {
+        "sample": sample,
+        "text_ids": [model.tokenize(text.encode(), add_bos=True, special=True) for text in job["texts"]],
+        "file_type": model.metadata.get("general.file_type"),
+    }
+
+
+def _speed(job: dict[str, Any]) -> dict[str, Any]:
+    """Load time, tokens per second and peak memory, without the cost of keeping every logit."""
+    began = time.perf_counter()
+    model = _load(job, context=PREFILL_TOKENS + DECODE_TOKENS, every_logit=False)
+    model.eval(job["ids"][0][:1])  # the weights are read from disk only when they are used
+    load_s = time.perf_counter() - began
+    (known,) = job["ids"]
+    context = int(
+        model.metadata.get(f"{model.metadata['general.architecture']}.context_length", PREFILL_TOKENS)
+    )
+    length = max(min(PREFILL_TOKENS, context - DECODE_TOKENS), 1)
+    prompt = (known * (length // len(known) + 1))[:length]
+    prefill, decode = [], []
+    for _ in range(REPEATS):
+        model.reset()
+        began = time.perf_counter()
+        model.eval(prompt)
+        prefill.append(len(prompt) / (time.perf_counter() - began))
+        began = time.perf_counter()
+        for i in range(DECODE_TOKENS):
+            model.eval([known[i % len(known)]])
+        decode.append(DECODE_TOKENS / (time.perf_counter() - began))
+    return {
+        "prompt_tokens": len(prompt),
+        "generated_tokens": DECODE_TOKENS,
+        "prefill_tokens_per_s": statistics.median(prefill),
+        "decode_tokens_per_s": statistics.median(decode),
+        "load_s": load_s,
+        "peak_memory_bytes": _peak_memory(),
+    }
+
+
+def _peak_memory() -> int:
+    """Most bytes of memory this process ever held."""
+    status = Path("/proc/self/status")
+    if status.is_file():  # Linux keeps a parent's ru_maxrss across exec, but not its VmHWM
+        return 1024 * int(status.read_text().partition("VmHWM:")[2].split()[0])
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _main(scratch: Path) -> None:
+    job = json.loads((scratch / "job.json").read_bytes())
+    answer = _answer(job, scratch) if job["do"] == "answer" else _speed(job)
+    (scratch / "answer.json").write_text(json.dumps(answer))
+    # Nothing that native destructors do on the way out can matter now.
+    sys.stdout.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    _main(Path(sys.argv[1]))

@@ -1,0 +1,334 @@
+"""The command line as a user meets it: output and exit code."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import resource
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+from safetensors.numpy import save_file
+
+from tests.example import ARC, PERPLEXITY, entry, measured
+from zoo import __version__, cli
+from zoo.compare import compare, pairs
+from zoo.entry import Entry, Machine
+from zoo.files import sha256_json
+from zoo.machine import parse_cpuinfo, this_machine
+from zoo.registry import open_registry
+
+ROOT = Path(__file__).parents[1]
+W4, W8 = "smollm2-135m-instruct-pruned50-w4", "smollm2-135m-instruct-w8"
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory) -> str:
+    url = str(tmp_path_factory.mktemp("registry") / "registry.db")
+    opened = open_registry(url)
+    opened.put(entry())
+    better = [
+        m.model_copy(update={"value": 25.9 if m.metric == "perplexity" else 0.53})
+        if m.subject == "entry"
+        else m
+        for m in entry().measurements
+    ]
+    opened.put(
+        entry(W8, sparsity=0.0, bits_per_weight=8.25, compression_ratio=16 / 8.25, measurements=better)
+    )
+    opened.put(entry("llama-gone-wrong", status="failed", failure="KL 3.2 over 0.01\x1b[31m"))
+    return url
+
+
+@dataclass
+class Done:
+    returncode: Any
+    stdout: str
+    stderr: str
+
+
+def zoo(*arguments: str, url: str | None = None, **environment: str) -> Done:
+    """What `zoo ARGUMENTS` prints and returns, in this process: a hundred times faster than in its own."""
+    out, err = io.StringIO(), io.StringIO()
+    keep = {k: v for k, v in os.environ.items() if not k.startswith("ZOO_")}
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(os, "environ", {**keep, **environment} | ({"ZOO_REGISTRY": url} if url else {}))
+        patch.setattr(sys, "argv", ["zoo", *arguments])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+    return Done(end.value.code, out.getvalue(), err.getvalue())
+
+
+def zoo_process(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "zoo.cli", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+
+
+def as_json(*arguments: str, url: str | None = None) -> Any:
+    done = zoo(*arguments, "--json", url=url)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+# --- each command ---
+
+
+def cpu_seconds(*arguments: str) -> float:
+    """Processor time of a command in a process of its own: what it takes where nothing else runs."""
+    best = 9.0
+    for _ in range(2):  # the first compiles
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert zoo_process(*arguments).returncode == 0
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        best = min(best, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    return best
+
+
+def test_version_and_help() -> None:
+    assert "compare" in zoo("--help").stdout
+    assert zoo("--version").stdout == f"zoo {__version__}\n"
+
+
+def test_help_and_list_are_fast(url: str) -> None:
+    assert cpu_seconds("--help") < 0.5
+    assert cpu_seconds("list", "--registry", url) < 1
+
+
+def test_list(url: str) -> None:
+    done = zoo("list", url=url)
+    lines = done.stdout.splitlines()
+    assert [line.split()[0] for line in lines] == ["id", W4, W8]
+    assert "41.60 at 512 (base 25.61)" in lines[1]
+    assert {s["id"] for s in as_json("list", url=url)} == {W4, W8}
+    assert {s["id"] for s in as_json("list", "--all", url=url)} == {W4, W8, "llama-gone-wrong"}
+    assert [s["id"] for s in as_json("list", "W8", url=url)] == [W8]
+    assert as_json("list", "--family", "mpt", url=url) == []
+    nothing = zoo("list", "--family", "mpt", url=url)
+    assert (nothing.stdout, nothing.returncode) == ("", 0)
+    assert "zoo run" in nothing.stderr
+
+
+def test_show_prints_the_entry(url: str) -> None:
+    assert Entry.model_validate(as_json("show", W4, url=url)) == entry()
+    done = zoo("show", "llama-gone-wrong", url=url)
+    assert "failed: KL 3.2 over 0.01" in done.stdout
+    assert "\x1b" not in done.stdout
+
+
+def test_compare_marks_the_best(url: str) -> None:
+    told = as_json("compare", W4, W8, url=url)
+    assert told["entries"] == [W4, W8]
+    rows = {row["name"]: row for row in told["rows"]}
+    assert rows["bits per weight"]["best"] == [0]
+    perplexity = rows["wikitext2_test.tokens perplexity, context 512, 40 windows"]
+    assert (perplexity["values"], perplexity["best"], perplexity["base"]) == ([41.6, 25.9], [1], 25.61)
+    assert rows["arc_easy accuracy, 200 questions"]["best"] == [1]
+    assert rows["sparsity"]["best"] == []
+    line = next(x for x in zoo("compare", W4, W8, url=url).stdout.splitlines() if "perplexity" in x)
+    assert line.split()[-3:] == ["41.6", "25.9*", "25.61"]
+
+
+def test_card(url: str, tmp_path: Path) -> None:
+    printed = zoo("card", W4, url=url).stdout
+    assert ModelCard(printed).data.library_name == "transformers"
+    out = tmp_path / "deep" / "README.md"
+    assert zoo("card", W4, "--output", str(out), url=url).stdout == ""
+    assert out.read_text() == printed
+    refused = zoo("card", W4, "--output", str(out / "below-a-file"), url=url)
+    assert refused.returncode == 1
+    assert refused.stderr.startswith("zoo: ")
+
+
+def test_analyze_a_file_and_an_entry(url: str, tmp_path: Path) -> None:
+    weight = np.ones((8, 32), np.float16)
+    weight[:, ::4] = 0
+    save_file({"model.layers.0.mlp.up_proj.weight": weight}, tmp_path / "model.safetensors")
+    told = as_json("analyze", str(tmp_path / "model.safetensors"), url=url)
+    assert told["sparsity"] == 0.25
+    assert "25.0%" in zoo("analyze", str(tmp_path / "model.safetensors"), url=url).stdout
+    recorded = as_json("analyze", W4, url=url)
+    assert recorded["layers"] == entry().model_dump(mode="json")["layers"]
+    assert "model.layers.1.mlp.down_proj" in zoo("analyze", W4, url=url).stdout
+
+
+def test_doctor(tmp_path: Path) -> None:
+    absent = tmp_path / "no.db"
+    done = zoo("doctor", "--json", "--store", str(tmp_path), "--registry", str(absent), HF_HUB_OFFLINE="1")
+    assert done.returncode == 0, done.stderr
+    told = {check["name"]: check for check in json.loads(done.stdout)}
+    assert told["python"]["status"] == "ok"
+    assert told["registry"]["status"] == "missing"
+    assert "zoo registry migrate" in told["registry"]["mend"]
+    assert not absent.exists()
+    assert this_machine().cpu in told["cpu"]["found"]
+    assert f"psutil {metadata.version('psutil')}" in told[f"sparse-zoo {__version__}"]["found"]
+    assert "offline by HF_HUB_OFFLINE" in told["hub"]["found"]
+
+
+def test_registry_migrate(tmp_path: Path) -> None:
+    path = str(tmp_path / "new" / "registry.db")
+    assert zoo("registry", "migrate", "--registry", path).returncode == 0
+    assert zoo("registry", "migrate", "--registry", path).returncode == 0
+    assert as_json("list", "--registry", path) == []
+
+
+def test_recipe(tmp_path: Path) -> None:
+    pytest.importorskip("pipelines.recipe")
+    schema = zoo("recipe", "schema")
+    assert schema.returncode == 0, schema.stderr
+    assert json.loads(schema.stdout)["type"] == "object"
+    good = sorted((ROOT / "pipelines" / "recipes").glob("*.yaml"))
+    assert good
+    assert zoo("recipe", "check", *map(str, good)).returncode == 0
+    bad = tmp_path / "bad.yaml"
+    bad.write_text(yaml.safe_dump({"no such key": 1}))
+    done = zoo("recipe", "check", str(good[0]), str(bad))
+    assert done.returncode == 2
+    assert f"{good[0]}: right" in done.stdout
+    assert "zoo: " in done.stderr
+
+
+# --- failures ---
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "told"),
+    [
+        (["frob"], 2, "frob"),
+        (["list", "--frob"], 2, "zoo list --help"),
+        (["show"], 2, "ID"),
+        (["compare", W4], 2, "two or more"),
+        (["list", "--family", "gpt"], 2, "llama, mistral, mpt"),
+        (["list", "--status", "great"], 2, "verified, published, failed"),
+        (["analyze", "./nothing.gguf"], 2, "./nothing.gguf"),
+        (["show", "smollm2-135m-instruct-pruned50-w5"], 1, W4),
+        (["compare", W4, "smollm2-135m-instruct-w9"], 1, W8),
+        (["list", "--registry", "/dev/null/registry.db"], 1, "no registry"),
+        (["list", "--registry", "nosuchdb://x"], 1, "driver"),
+    ],
+)
+def test_failures_say_what_and_how(url: str, arguments: list[str], code: int, told: str) -> None:
+    done = zoo(*arguments, url=url)
+    assert done.returncode == code, done.stderr
+    assert done.stdout == ""
+    assert done.stderr.startswith("zoo: ")
+    assert told in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_zoo_alone_prints_its_help() -> None:
+    done = zoo()
+    assert done.returncode == 2
+    assert "Usage: zoo" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_missing_extra_is_named() -> None:
+    """A module that is None in sys.modules cannot be imported, as if it were not installed."""
+    pytest.importorskip("pipelines.recipe")
+    recipe = next((ROOT / "pipelines" / "recipes").glob("*.yaml"))
+    program = (
+        "import sys; sys.modules['torch'] = None\n"
+        f"from zoo import cli; sys.argv = ['zoo', 'run', {str(recipe)!r}]; cli.main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert "this command needs torch" in done.stderr
+    assert "pip install 'sparse-zoo[pipelines]'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_closed_pipe_makes_no_noise(url: str) -> None:
+    done = subprocess.run(
+        f"{sys.executable} -m zoo.cli show {W4} --json --registry {url} | head -1",
+        shell=True, cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.stdout, done.stderr) == ("{\n", "")
+
+
+def test_ctrl_c(tmp_path: Path) -> None:
+    """While the command waits for another process that writes to the registry."""
+    path = tmp_path / "registry.db"
+    holder = sqlite3.connect(path, isolation_level=None)
+    holder.execute("BEGIN EXCLUSIVE")
+    program = (
+        "import sys; from zoo import cli, registry\n"
+        "print('ready', file=sys.stderr, flush=True)\n"
+        f"sys.argv = ['zoo', 'registry', 'migrate', '--registry', {str(path)!r}]; cli.main()"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    assert process.stderr.readline() == "ready\n"
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    holder.close()
+    _, told = process.communicate(timeout=60)
+    assert (process.returncode, told) == (130, "zoo: interrupted; what was finished is kept\n")
+
+
+# --- what the commands are made of ---
+
+
+def test_pairs_are_of_one_protocol() -> None:
+    found = pairs(
+        [
+            measured("base", "perplexity", 20.0, 0.3, **PERPLEXITY),
+            measured("entry", "perplexity", 25.0, 0.4, **PERPLEXITY),
+            measured("entry", "perplexity", 22.0, 0.4, **{**PERPLEXITY, "stride": 256}),
+            measured("base", "accuracy", 0.5, 0.01, **ARC),
+            measured("entry", "accuracy", 0.6, 0.01, **ARC),
+        ]
+    )
+    assert [(p.difference, p.loss) for p in found[:2]] == [(5.0, 5.0), (None, None)]
+    assert found[0].stderr == pytest.approx(0.5)  # 3, 4, 5
+    assert found[2].loss == pytest.approx(-0.1)
+
+
+def test_base_is_shown_only_where_shared() -> None:
+    rows = {r.name: r for r in compare([entry("a"), entry("b", base_sha256="0" * 64)])}
+    assert rows["arc_easy accuracy, 200 questions"].base is None
+    assert rows["arc_easy accuracy, 200 questions"].best == []  # equal
+
+
+X86 = (
+    "processor\t: 0\nmodel name\t: Some CPU @ 2GHz\nflags\t\t: fpu sse2 fma avx2 avx512f avx512_vnni\n\n"
+    "processor\t: 1\nmodel name\t: another\n"
+)
+ARM = "processor\t: 0\nFeatures\t: fp asimd aes asimddp i8mm\nCPU implementer\t: 0x41\nCPU part\t: 0xd40\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "isa"),
+    [
+        (X86, "Some CPU @ 2GHz", ["avx2", "fma", "avx512f", "avx512_vnni"]),
+        (ARM, "ARM implementer 0x41 part 0xd40", ["asimd", "asimddp", "i8mm"]),
+        ("", "fallback", []),
+    ],
+)
+def test_cpuinfo(text: str, name: str, isa: list[str]) -> None:
+    assert parse_cpuinfo(text, "fallback") == (name, isa)
+
+
+def test_this_machine() -> None:
+    machine = this_machine()
+    assert machine == this_machine()
+    assert machine.fingerprint == sha256_json(machine.model_dump(exclude={"fingerprint"}))
+    assert machine.memory_bytes > 10**8
+    assert 1 <= machine.cores * machine.threads_per_core <= (os.cpu_count() or 1)
+    assert isinstance(machine, Machine)

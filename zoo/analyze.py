@@ -1,0 +1,355 @@
+"""What is in a model's files: sparsity and bits per weight, tensor by tensor.
+
+Reads any safetensors file or folder (dense, compressed-tensors, or our own model folder with a
+`compression.json`) and any GGUF file. One piece of one tensor is in memory at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import gguf
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import ValidationError
+
+from zoo.entry import Layer, Record
+from zoo.errors import FormatError, UsageError
+from zoo.formats import SAFETENSORS_BITS, TensorInfo, check_gguf, check_safetensors
+from zoo.progress import track
+
+CHUNK_BYTES = 16 << 20
+SCALE_BITS = 16
+SIDE_FILES = ("grid.safetensors",)  # the scales behind the weights of a model folder, not weights
+_DECODER_LAYER = re.compile(r"(^|\.)(layers|blocks|h|blk)\.\d+\.")
+_FLOATS = {"F16", "BF16", "F32", "F64"}
+_NUMPY = {"F16": "<u2", "BF16": "<u2", "F32": "<u4", "F64": "<u8"}
+
+Format = Literal["safetensors", "compressed-tensors", "gguf"]
+Bytes = NDArray[np.uint8]
+
+
+class TensorAnalysis(Record):
+    """One weight tensor (for compressed-tensors: the matrix it stands for)."""
+
+    name: str
+    shape: list[int]
+    dtype: str  # as stored: F16, Q4_K, "int4 packed" ...
+    weights: int
+    bytes: int  # with its scales and zero points where they are tensors of their own
+    bits_per_weight: float
+    smallest_bits_per_weight: float  # of the smallest exact encoding, see `smallest_bits`
+    sparsity: float | None  # fraction exactly zero; None if this type cannot be read
+    linear: bool  # a matrix of a decoder layer: counts for the sparsity of the whole
+
+
+class Analysis(Record):
+    """A model's files as a whole. `tensors` in the order of their names."""
+
+    path: str
+    format: Format
+    weights: int
+    bytes: int  # of the files
+    sparsity: float | None  # zeros / weights over the decoder's linear layers; None if there are none
+    bits_per_weight: float  # stored tensor bits / weights
+    smallest_bits_per_weight: float
+    compression_ratio: float  # 16 / smallest_bits_per_weight
+    tensors: list[TensorAnalysis]
+
+
+def smallest_bits(layer: Layer) -> float:
+    """Bits per weight of the smallest encoding that stores `layer` exactly.
+
+    The least of, with b = `layer.bits`, s = `layer.sparsity` and for a pattern of k in g
+
+        dense          b
+        bitmask        b (1 - s) + 1
+        pattern        (k / g) b + ceil(log2 C(g, k)) / g      if at most k of g are kept
+        banded         (k / g) (b + log2 window)               if there is a window besides
+
+    plus, for quantized weights, one 16-bit scale per group (per row without a group) and, when
+    asymmetric, one zero point of b bits with it. A pattern stores k values in every group even where
+    some are zero, so its cost does not fall with s as the bitmask's does.
+    """
+    candidates = [layer.bits, layer.bits * (1 - layer.sparsity) + 1]
+    if layer.pattern is not None and (found := re.fullmatch(r"(\d+):(\d+)", layer.pattern)):
+        keep, group = int(found[1]), int(found[2])
+        density = keep / group
+        if 1 - layer.sparsity <= density + 1e-9:
+            candidates.append(layer.bits * density + math.ceil(math.log2(math.comb(group, keep))) / group)
+            if layer.window:
+                candidates.append(density * (layer.bits + math.log2(layer.window)))
+    grid = 0.0
+    if layer.bits < 16:
+        zero_point_bits = 0.0 if layer.symmetric in (True, None) else layer.bits
+        grid = (SCALE_BITS + zero_point_bits) / (layer.group or layer.columns)
+    return min(candidates) + grid
+
+
+def analyze(path: Path) -> Analysis:
+    """Measure a safetensors or GGUF file, or a model folder.
+
+    Raises UsageError for a path that is neither and FormatError for files that are not sound.
+    """
+    files = _files(path)
+    kind: Format
+    if files[0].suffix == ".gguf":
+        kind, tensors = "gguf", _analyze_gguf(files[0])
+    else:
+        kind, tensors = _analyze_safetensors(path, files)
+    if not tensors:
+        raise FormatError(f"{path} holds no weights", saw="no floating-point or quantized tensors")
+    tensors.sort(key=lambda tensor: _natural(tensor.name))
+    weights = sum(t.weights for t in tensors)
+    linear = [t for t in tensors if t.linear]
+    known = linear and all(t.sparsity is not None for t in linear)
+    smallest = sum(t.smallest_bits_per_weight * t.weights for t in tensors) / weights
+    return Analysis(
+        path=str(path),
+        format=kind,
+        weights=weights,
+        bytes=sum(file.stat().st_size for file in files),
+        sparsity=(
+            sum((t.sparsity or 0.0) * t.weights for t in linear) / sum(t.weights for t in linear)
+            if known
+            else None
+        ),
+        bits_per_weight=8 * sum(t.bytes for t in tensors) / weights,
+        smallest_bits_per_weight=smallest,
+        compression_ratio=16 / smallest,
+        tensors=tensors,
+    )
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_file():
+        if path.suffix not in (".gguf", ".safetensors"):
+            raise UsageError(f"{path} is neither .gguf nor .safetensors", try_="name a model file or folder")
+        return [path]
+    if not path.is_dir():
+        raise UsageError(f"there is no file or folder {path}", try_="check the path")
+    found = sorted(p for p in path.glob("*.safetensors") if p.name not in SIDE_FILES)
+    if not found and len(found := sorted(path.glob("*.gguf"))) > 1:
+        names = ", ".join(p.name for p in found)
+        raise UsageError(f"{path} holds several GGUF files", saw=names, try_=f"zoo analyze {found[0]}")
+    if not found:
+        raise UsageError(f"{path} holds no *.safetensors and no *.gguf", try_="name a model file or folder")
+    return found
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Sort key that puts layer 2 before layer 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def _is_linear(name: str, shape: Sequence[int]) -> bool:
+    return len(shape) == 2 and min(shape) > 1 and _DECODER_LAYER.search(name) is not None
+
+
+def _tensor(
+    name: str, shape: Sequence[int], dtype: str, size: int, zeros: int | None, layer: Layer | None = None
+) -> TensorAnalysis:
+    weights = math.prod(shape)
+    bits = 8 * size / weights
+    sparsity = None if zeros is None else zeros / weights
+    if layer is not None:
+        smallest = smallest_bits(layer)
+    elif dtype in _FLOATS and sparsity is not None:
+        smallest = min(bits, bits * (1 - sparsity) + 1)
+    else:
+        smallest = bits
+    return TensorAnalysis(
+        name=name,
+        shape=list(shape),
+        dtype=dtype,
+        weights=weights,
+        bytes=size,
+        bits_per_weight=bits,
+        smallest_bits_per_weight=smallest,
+        sparsity=sparsity,
+        linear=_is_linear(name, shape),
+    )
+
+
+def _map(path: Path) -> Bytes:
+    return np.memmap(path, dtype=np.uint8, mode="r")
+
+
+def _pieces(data: Bytes, tensor: TensorInfo, step: int) -> Iterator[Bytes]:
+    """The tensor's bytes, about CHUNK_BYTES at a time, in multiples of `step`."""
+    size = max(CHUNK_BYTES // step, 1) * step
+    for start in range(tensor.offset, tensor.offset + tensor.size, size):
+        yield data[start : min(start + size, tensor.offset + tensor.size)]
+
+
+def _zero_floats(data: Bytes, tensor: TensorInfo) -> int:
+    """How many values are +0 or -0: all bits but the sign are clear."""
+    dtype = np.dtype(_NUMPY[tensor.dtype])
+    no_sign = dtype.type(2 ** (8 * dtype.itemsize - 1) - 1)
+    return sum(
+        piece.size // dtype.itemsize - int(np.count_nonzero(piece.view(dtype) & no_sign))
+        for piece in _pieces(data, tensor, dtype.itemsize)
+    )
+
+
+# GGUF
+
+
+def _analyze_gguf(path: Path) -> list[TensorAnalysis]:
+    tensors, data = check_gguf(path), _map(path)
+    return [
+        _tensor(t.name, t.shape, t.dtype, t.size, _zero_gguf(data, t))
+        for t in track(tensors, f"reading {path.name}")
+        if t.name.endswith((".weight", ".bias")) and not t.name.startswith("rope_")
+    ]
+
+
+def _zero_gguf(data: Bytes, tensor: TensorInfo) -> int | None:
+    if tensor.dtype in _FLOATS:
+        return _zero_floats(data, tensor)
+    kind = gguf.GGMLQuantizationType[tensor.dtype]
+    block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    row_bytes = tensor.shape[-1] // block * block_bytes
+    zeros = 0
+    try:
+        for piece in _pieces(data, tensor, row_bytes):
+            values = gguf.dequantize(piece.reshape(-1, row_bytes), kind)
+            zeros += values.size - int(np.count_nonzero(values))
+    except NotImplementedError:
+        return None
+    return zeros
+
+
+# safetensors
+
+
+def _analyze_safetensors(path: Path, files: list[Path]) -> tuple[Format, list[TensorAnalysis]]:
+    where = {tensor.name: (file, tensor) for file in files for tensor in check_safetensors(file)}
+    folder = path if path.is_dir() else path.parent
+    layers = _layers(folder) if path.is_dir() else {}
+    maps = {file: _map(file) for file in files}
+    packed = {name.removesuffix("_packed") for name in where if name.endswith(".weight_packed")}
+    packed |= {name for name in where if name.endswith(".weight") and where[name][1].dtype == "I8"}
+    if packed:
+        weight_bits = _packed_bits(folder)
+    tensors = []
+    for name, (file, tensor) in track(where.items(), f"reading {path.name}"):
+        base = name.removesuffix("_packed")
+        if base in packed:
+            tensors.append(_packed_tensor(base, where, maps, weight_bits))
+        elif tensor.dtype in _FLOATS and tensor.size and name.removesuffix("_scale") not in packed:
+            zeros = _zero_floats(maps[file], tensor)
+            module = name.rpartition(".")[0]
+            layer = layers.get(module) if name.endswith(".weight") else None
+            tensors.append(_tensor(name, tensor.shape, tensor.dtype, tensor.size, zeros, layer))
+    return ("compressed-tensors" if packed else "safetensors"), tensors
+
+
+def _layers(folder: Path) -> dict[str, Layer]:
+    """The layers of `compression.json`, by module name; none where there is no such file."""
+    path = folder / "compression.json"
+    if not path.is_file():
+        return {}
+    try:
+        layers = [Layer.model_validate(entry) for entry in json.loads(path.read_bytes())["layers"]]
+    except (ValueError, KeyError, TypeError, ValidationError) as error:
+        raise FormatError(
+            f"{path} does not describe layers", saw=str(error).splitlines()[0], expected='{"layers": [...]}'
+        ) from error
+    return {layer.name: layer for layer in layers}
+
+
+def _packed_bits(folder: Path) -> int:
+    """Bits of the packed weights, from `config.json` (compressed-tensors keeps them nowhere else)."""
+    path = folder / "config.json"
+    try:
+        quantization = json.loads(path.read_bytes())["quantization_config"]
+        bits = {group["weights"]["num_bits"] for group in quantization["config_groups"].values()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FormatError(
+            f"{folder} holds packed weights but no description of them",
+            saw=f"{type(error).__name__}: {error}",
+            expected="quantization_config with config_groups in config.json beside the weights",
+        ) from error
+    if len(bits) != 1 or not (type(found := bits.pop()) is int and 1 <= found <= 8):
+        raise FormatError(f"{path}: weights of several or unknown widths", expected="one num_bits, 1 to 8")
+    return int(found)
+
+
+def _unpack(words: NDArray[np.uint32], bits: int, columns: int) -> NDArray[np.uint8]:
+    """Values of `bits` bits, packed back to back from the least significant bit of each row's words.
+
+    words (rows, ceil(columns * bits / 32)) -> (rows, columns). Source: compressed-tensors, pack_quantized.
+    """
+    flat = np.unpackbits(words.view(np.uint8), axis=1, bitorder="little", count=columns * bits)
+    weights = (1 << np.arange(bits)).astype(np.uint8)
+    values: NDArray[np.uint8] = (flat.reshape(len(words), columns, bits) * weights).sum(-1, dtype=np.uint8)
+    return values
+
+
+def _packed_tensor(
+    name: str, where: dict[str, tuple[Path, TensorInfo]], maps: dict[Path, Bytes], bits: int
+) -> TensorAnalysis:
+    """One compressed-tensors matrix, packed (`weight_packed`) or one byte per weight (`weight`, int8).
+
+    A weight is exactly zero where its value equals its group's zero point.
+    """
+
+    def fail(saw: str) -> FormatError:
+        return FormatError(f"compressed-tensors layer {name} does not fit together", saw=saw)
+
+    def read(suffix: str) -> NDArray[Any] | None:
+        if (found := where.get(name + suffix)) is None:
+            return None
+        file, tensor = found
+        if tensor.dtype not in ("I8", "I32", "I64"):
+            raise fail(f"{tensor.dtype} in {name}{suffix}")
+        raw = maps[file][tensor.offset : tensor.offset + tensor.size]
+        return np.asarray(raw.view(f"<i{SAFETENSORS_BITS[tensor.dtype] // 8}")).reshape(tensor.shape)
+
+    is_packed = name + "_packed" in where
+    stored = read("_packed" if is_packed else "")
+    shape = read("_shape") if is_packed else None
+    if stored is None or stored.ndim != 2 or (is_packed and (shape is None or shape.size != 2)):
+        raise fail("no matrix of words with a weight_shape")
+    rows, columns = (int(n) for n in (stored.shape if shape is None else shape))
+    if rows != len(stored) or columns < 1 or (is_packed and -(-columns * bits // 32) != stored.shape[1]):
+        raise fail(f"{stored.shape} words for {rows} x {columns} weights of {bits} bits")
+    offset = 2 ** (bits - 1)  # packed values are stored unsigned
+    zero = read("_zero_point")
+    if zero is not None and (zero.ndim != 2 or zero.size == 0 or columns % zero.shape[1]):
+        raise fail(f"zero points of shape {zero.shape}")
+    if zero is not None and is_packed and zero.dtype == np.int32 and len(zero) == -(-rows * bits // 32):
+        words = np.ascontiguousarray(zero.T).view(np.uint32)  # they are packed down the rows
+        zero = _unpack(words, bits, rows).T.astype(np.int16) - offset
+    if zero is not None and len(zero) not in (1, rows):
+        raise fail(f"zero points of shape {zero.shape} for {rows} rows")
+    group_index = read("_g_idx")
+    zeros = 0
+    step = max(CHUNK_BYTES // (16 * columns), 1)
+    for start in range(0, rows, step):
+        part = stored[start : start + step]
+        if is_packed:
+            words = np.ascontiguousarray(part).view(np.uint32)
+            values = _unpack(words, bits, columns).astype(np.int16) - offset
+        else:
+            values = part.astype(np.int16)
+        if zero is None:
+            zeros += int(np.count_nonzero(values == 0))
+            continue
+        own = (zero if len(zero) == 1 else zero[start : start + step]).astype(np.int16)
+        if group_index is not None and group_index.size == columns and group_index.max(initial=-1) >= 0:
+            if group_index.min() < 0 or group_index.max() >= own.shape[1]:
+                raise fail("a group index out of range")
+            own = own[:, group_index]
+        else:
+            own = np.repeat(own, columns // own.shape[1], axis=1)
+        zeros += int(np.count_nonzero(values == own))
+    parts = ("_packed", "", "_scale", "_zero_point", "_g_idx")
+    size = sum(where[name + part][1].size for part in parts if name + part in where)
+    return _tensor(name, (rows, columns), f"int{bits}{' packed' if is_packed else ''}", size, zeros)

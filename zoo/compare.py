@@ -1,0 +1,132 @@
+"""Figures side by side: an entry with its base model, and entries with each other."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from zoo.entry import Benchmark, Direction, Entry, Measurement, Record
+
+WEIGHTS = ("safetensors", "compressed-tensors", "gguf", "packed")  # kinds of artifact that hold the model
+# What two measurements must share for their values to be compared.
+_PROTOCOL = (
+    "metric", "unit", "task", "task_version", "data_revision", "context_length", "stride", "samples",
+    "sample_unit", "few_shot", "limit", "harness", "dtype",
+)  # fmt: skip
+
+
+def protocol(measurement: Measurement) -> tuple[object, ...]:
+    """All that says how a figure was measured, and not of what."""
+    return tuple(getattr(measurement, name) for name in _PROTOCOL)
+
+
+class Pair(NamedTuple):
+    """A figure of the entry and, if it was measured in the same way, of its base model."""
+
+    entry: Measurement
+    base: Measurement | None
+
+    @property
+    def difference(self) -> float | None:
+        return None if self.base is None else self.entry.value - self.base.value
+
+    @property
+    def loss(self) -> float | None:
+        """How much worse the entry is than its base, in the metric's unit; negative: better."""
+        if self.difference is None:
+            return None
+        return self.difference if self.entry.direction == "lower_is_better" else -self.difference
+
+    @property
+    def stderr(self) -> float | None:
+        """Standard error of the difference, the two taken as independent, which overstates it."""
+        if self.base is None or self.entry.stderr is None or self.base.stderr is None:
+            return None
+        return math.hypot(self.entry.stderr, self.base.stderr)
+
+
+def pairs(measurements: Sequence[Measurement]) -> list[Pair]:
+    base = {protocol(m): m for m in measurements if m.subject == "base"}
+    return [Pair(m, base.get(protocol(m))) for m in measurements if m.subject == "entry"]
+
+
+class Row(Record):
+    """One figure of several entries; `values` are in the order of the entries, None where unknown."""
+
+    name: str
+    unit: str
+    direction: Direction | None  # None: neither high nor low is better
+    base: float | None  # of the base model, where the entries share it
+    values: list[float | None]
+    best: list[int]  # positions of the best value, empty if there is nothing to choose
+
+
+def compare(entries: Sequence[Entry]) -> list[Row]:
+    """Every figure that any of the entries has: compression, then measurements, then speed."""
+    rows = [
+        _row("sparsity", "1", None, [e.sparsity for e in entries]),
+        _row("bits per weight", "bit", "lower_is_better", [e.bits_per_weight for e in entries]),
+        _row("compression ratio", "1", "higher_is_better", [e.compression_ratio for e in entries]),
+    ]
+    weights = [a for e in entries for a in e.artifacts if a.kind in WEIGHTS]
+    for kind, form in dict.fromkeys((a.kind, a.format) for a in weights):
+        name = " ".join(filter(None, ("size", kind, form)))
+        rows.append(_row(name, "byte", "lower_is_better", [_size(e, kind, form) for e in entries]))
+    shared = len({entry.base_sha256 for entry in entries}) == 1
+    for key in dict.fromkeys(protocol(m) for e in entries for m in e.measurements if m.subject == "entry"):
+        measured = [_measured(entry, key, "entry") for entry in entries]
+        one = next(m for m in measured if m is not None)
+        base = next((m for e in entries if (m := _measured(e, key, "base"))), None) if shared else None
+        values = [None if m is None else m.value for m in measured]
+        rows.append(
+            _row(describe(one), one.unit, one.direction, values, None if base is None else base.value)
+        )
+    for setting in dict.fromkeys(_setting(e, b) for e in entries for b in e.benchmarks):
+        runs = [next((b for b in e.benchmarks if _setting(e, b) == setting), None) for e in entries]
+        prefill = [None if run is None else run.prefill_tokens_per_s for run in runs]
+        decode = [None if run is None else run.decode_tokens_per_s for run in runs]
+        rows.append(_row(f"prefill, {setting}", "token/s", "higher_is_better", prefill))
+        rows.append(_row(f"decode, {setting}", "token/s", "higher_is_better", decode))
+    return rows
+
+
+def describe(m: Measurement) -> str:
+    """A measurement's task, metric and protocol in a few words; perplexity never without its context."""
+    parts = [f"{m.task} {m.metric}"]
+    if m.context_length is not None:
+        parts.append(f"context {m.context_length}")
+    if m.few_shot:
+        parts.append(f"{m.few_shot}-shot")
+    parts.append(f"{m.samples} {m.sample_unit}")
+    return ", ".join(parts)
+
+
+def _row(
+    name: str, unit: str, direction: Direction | None, values: list[float | None], base: float | None = None
+) -> Row:
+    best = _best(values, direction)
+    return Row(name=name, unit=unit, direction=direction, base=base, values=values, best=best)
+
+
+def _best(values: Sequence[float | None], direction: Direction | None) -> list[int]:
+    known = [value for value in values if value is not None]
+    if direction is None or len(known) < 2 or len(set(known)) == 1:
+        return []
+    best = max(known) if direction == "higher_is_better" else min(known)
+    return [position for position, value in enumerate(values) if value == best]
+
+
+def _measured(entry: Entry, key: tuple[object, ...], subject: str) -> Measurement | None:
+    return next((m for m in entry.measurements if m.subject == subject and protocol(m) == key), None)
+
+
+def _size(entry: Entry, kind: str, form: str | None) -> float | None:
+    return sum(a.size for a in entry.artifacts if (a.kind, a.format) == (kind, form)) or None
+
+
+def _setting(entry: Entry, benchmark: Benchmark) -> str:
+    b = benchmark
+    form = next((a.format for a in entry.artifacts if a.path == b.artifact and a.format), b.artifact)
+    tokens = f"{b.prompt_tokens}+{b.generated_tokens} tokens"
+    return f"{b.runner} {form}, {b.threads} threads, {tokens}, {b.machine.cpu} ({b.machine.fingerprint[:8]})"

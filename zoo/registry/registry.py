@@ -1,0 +1,512 @@
+"""Every query on the registry, and opening it: created if absent, migrated if older, refused if newer."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+from urllib.parse import quote
+
+import psutil
+from pydantic import ValidationError
+from sqlalchemy import (
+    URL,
+    Connection,
+    Engine,
+    NullPool,
+    create_engine,
+    delete,
+    event,
+    func,
+    insert,
+    inspect,
+    make_url,
+    or_,
+    select,
+    text,
+    update,
+)
+from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, NoSuchModuleError, OperationalError
+from sqlalchemy.orm import Session, selectinload
+
+from zoo.entry import (
+    Artifact,
+    Benchmark,
+    Entry,
+    Layer,
+    Machine,
+    Measurement,
+    Record,
+    Stage,
+    Status,
+    Verification,
+)
+from zoo.errors import RegistryError, UsageError
+from zoo.registry.models import (
+    ArtifactRow,
+    Base,
+    BenchmarkRow,
+    EntryRow,
+    LayerRow,
+    MachineRow,
+    MeasurementRow,
+    RunRow,
+    RunStageRow,
+    StageRow,
+    VerificationRow,
+)
+
+HEAD = "0001"  # the newest revision in migrations/versions; named here so that reading needs no Alembic
+MIGRATIONS = Path(__file__).parent / "migrations"
+BUSY_TIMEOUT_S = 30.0
+
+RunStatus = Literal["running", "done", "failed", "interrupted"]
+R = TypeVar("R", bound=Record)
+
+# The lists of an entry, each a table of its own.
+_PARTS: Mapping[str, tuple[type[Record], Any]] = {
+    "layers": (Layer, LayerRow),
+    "artifacts": (Artifact, ArtifactRow),
+    "measurements": (Measurement, MeasurementRow),
+    "benchmarks": (Benchmark, BenchmarkRow),
+    "verifications": (Verification, VerificationRow),
+    "stages": (Stage, StageRow),
+}
+
+
+class Summary(Record):
+    """What a list of entries shows: an `Entry` without its recipe, versions, layers, checks and stages."""
+
+    id: str
+    status: Status
+    failure: str | None
+    family: str
+    base_model: str
+    base_repository: str | None
+    license: str | None
+    created: str
+    parameters: int
+    sparsity: float
+    bits_per_weight: float
+    compression_ratio: float
+    artifacts: list[Artifact]
+    measurements: list[Measurement]
+    benchmarks: list[Benchmark]
+
+
+class Run(Record):
+    """One call of `zoo run`. `interrupted`: its process ended without a word."""
+
+    id: int
+    recipe_name: str
+    recipe_sha256: str
+    pid: int
+    host: str
+    status: RunStatus
+    started: datetime
+    finished: datetime | None
+    entry_id: str | None
+    failure: str | None
+    stages: list[Stage]
+
+
+def open_registry(url: str, *, create: bool = True) -> Registry:
+    """The registry at a SQLAlchemy URL or a plain path of an SQLite file.
+
+    With `create` it is created when absent and migrated when older. Without, it is left exactly as it is:
+    absent or older is an error. A registry that cannot be written is opened for reading.
+    Raises RegistryError: absent, older, newer, not writable, not a registry; UsageError: not a URL.
+    """
+    target = _parse(url)
+    name = target.render_as_string(hide_password=True)
+    if target.get_backend_name() == "sqlite":
+        path = Path(target.database or "")
+        name = str(path)
+        if not path.exists():
+            if not create:
+                raise RegistryError(
+                    f"there is no registry at {path}",
+                    try_="`zoo registry migrate` makes one, `zoo run RECIPE` fills it; --registry or "
+                    "ZOO_REGISTRY name another",
+                )
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise _unwritable(name, str(error)) from error
+        target = _sqlite_url(path)
+    try:
+        engine = _engine(target)
+    except (NoSuchModuleError, ModuleNotFoundError) as error:
+        raise RegistryError(
+            f"no driver for the registry {name}", saw=str(error), try_="pip install its driver, e.g. psycopg"
+        ) from error
+    registry = Registry(engine, name)
+    revision = registry.revision()
+    if revision == HEAD:
+        return registry
+    if revision is not None and revision not in _known_revisions():
+        raise RegistryError(
+            f"the registry {name} was written by a newer zoo",
+            saw=f"schema revision {revision}",
+            expected=f"at most {HEAD}",
+            try_="pip install --upgrade sparse-zoo",
+        )
+    if not create:
+        raise RegistryError(
+            f"the registry {name} has {'no tables' if revision is None else 'the tables of an older zoo'}",
+            saw=f"schema revision {revision}",
+            expected=HEAD,
+            try_="zoo registry migrate",
+        )
+    registry.migrate()
+    return registry
+
+
+class Registry:
+    """An open registry; every method is one transaction. Made by `open_registry`."""
+
+    def __init__(self, engine: Engine, name: str) -> None:
+        self.engine = engine
+        self.name = name  # for messages: a path, or a URL without its password
+
+    def revision(self) -> str | None:
+        """The schema revision; None for an empty database. RegistryError if it is someone else's."""
+        with _told_plainly(self.name), self.engine.connect() as connection:
+            tables = inspect(connection).get_table_names()
+            if "alembic_version" in tables:
+                revision: str | None = connection.scalar(text("SELECT version_num FROM alembic_version"))
+                return revision
+            if tables:
+                raise RegistryError(
+                    f"{self.name} is a database, but not a registry",
+                    saw=f"tables {', '.join(sorted(tables)[:5])}",
+                    try_="name another with --registry or ZOO_REGISTRY",
+                )
+            return None
+
+    def migrate(self) -> None:
+        """Bring the tables to `HEAD`, in one transaction."""
+        from alembic import command
+
+        with _told_plainly(self.name):
+            if self.engine.dialect.name == "sqlite":
+                _use_wal(self.engine)
+            with self.engine.execution_options(zoo_begin="migrate").begin() as connection:
+                command.upgrade(_alembic(connection), "head")
+                if self.engine.dialect.name == "sqlite":
+                    broken = connection.exec_driver_sql("PRAGMA foreign_key_check").all()
+                    if broken:
+                        raise RegistryError(
+                            f"the registry {self.name} refers to rows that it does not have; left as it was",
+                            saw=f"{len(broken)}, the first in {broken[0][0]}",
+                        )
+
+    def put(self, entry: Entry) -> None:
+        """Insert the entry, or replace the one with its id."""
+        for attempt in range(3):
+            try:
+                with self._writing() as session:
+                    _put(session, entry)
+                return
+            except IntegrityError as error:  # someone else inserted it, or its machine, just now
+                if attempt == 2:
+                    raise RegistryError(f"cannot record {entry.id}", saw=str(error.orig)) from error
+
+    def get(self, entry_id: str) -> Entry:
+        """The entry, failed or not. RegistryError naming the nearest ids if there is none."""
+        with self._reading() as session:
+            row = session.scalar(_with_parts(Entry).where(EntryRow.id == entry_id))
+            if row is not None:
+                return self._read(Entry, row)
+            offered = session.scalars(select(EntryRow.id).where(EntryRow.status != "failed")).all()
+        near = difflib.get_close_matches(entry_id, offered, n=3, cutoff=0.5)
+        near += [i for i in offered if entry_id and entry_id in i and i not in near][: 3 - len(near)]
+        raise RegistryError(
+            f"no entry {entry_id!r} in the registry {self.name}",
+            expected=f"one of its {len(offered)} entries, as `zoo list` shows them",
+            try_=", or ".join(near) if near else "zoo list",
+        )
+
+    def entries(
+        self,
+        *,
+        family: str | None = None,
+        base_model: str | None = None,
+        status: Status | None = None,
+        text: str | None = None,
+        include_failed: bool = False,
+    ) -> list[Summary]:
+        """The entries, newest first; `text` is sought in id and base model, whatever its case.
+
+        Failed entries are not offered: only `include_failed` or `status="failed"` shows them.
+        """
+        query = _with_parts(Summary).order_by(EntryRow.created.desc(), EntryRow.id)
+        if family is not None:
+            query = query.where(EntryRow.family == family)
+        if base_model is not None:
+            query = query.where(
+                or_(EntryRow.base_model == base_model, EntryRow.base_repository == base_model)
+            )
+        if status is not None:
+            query = query.where(EntryRow.status == status)
+        elif not include_failed:
+            query = query.where(EntryRow.status != "failed")
+        if text is not None:
+            query = query.where(
+                or_(
+                    EntryRow.id.icontains(text, autoescape=True),
+                    EntryRow.base_model.icontains(text, autoescape=True),
+                )
+            )
+        with self._reading() as session:
+            return [self._read(Summary, row) for row in session.scalars(query)]
+
+    def start_run(self, recipe_name: str, recipe_sha256: str, pid: int, host: str) -> int:
+        """Record that a run began and return its id. Runs of this host whose process is gone are closed."""
+        with self._writing() as session:
+            running = select(RunRow).where(RunRow.status == "running", RunRow.host == host)
+            for run in session.scalars(running):
+                if run.pid == pid or not psutil.pid_exists(run.pid):
+                    run.status = "interrupted"
+                    run.finished = datetime.now(UTC)
+            row = RunRow(
+                recipe_name=recipe_name,
+                recipe_sha256=recipe_sha256,
+                pid=pid,
+                host=host,
+                status="running",
+                started=datetime.now(UTC),
+            )
+            session.add(row)
+            session.flush()
+            return row.id
+
+    def record_stage(self, run_id: int, stage: Stage) -> None:
+        with self._writing() as session:
+            self._run(session, run_id)
+            count = session.scalar(select(func.count()).where(RunStageRow.run_id == run_id))
+            session.add(RunStageRow(run_id=run_id, position=count, **stage.model_dump()))
+
+    def finish_run(
+        self, run_id: int, status: RunStatus, entry_id: str | None = None, failure: str | None = None
+    ) -> None:
+        """Record how a run ended; `entry_id` is an entry that was put before."""
+        with self._writing() as session:
+            self._run(session, run_id)
+            if entry_id is not None and session.get(EntryRow, entry_id) is None:
+                raise RegistryError(f"no entry {entry_id!r} in the registry {self.name}")
+            ended = {"status": status, "entry_id": entry_id, "failure": failure}
+            session.execute(
+                update(RunRow).where(RunRow.id == run_id).values(finished=datetime.now(UTC), **ended)
+            )
+
+    def runs(self) -> list[Run]:
+        """Every run, newest first."""
+        query = select(RunRow).options(selectinload(RunRow.stages)).order_by(RunRow.id.desc())
+        with self._reading() as session:
+            return [self._read(Run, row) for row in session.scalars(query)]
+
+    def _run(self, session: Session, run_id: int) -> RunRow:
+        row = session.get(RunRow, run_id)
+        if row is None:
+            raise RegistryError(f"no run {run_id} in the registry {self.name}")
+        return row
+
+    def _read(self, cls: type[R], row: Any) -> R:
+        try:
+            return cls.model_validate(_fields(cls, row))
+        except ValidationError as error:
+            raise RegistryError(
+                f"the registry {self.name} holds a record that this zoo cannot read: {cls.__name__} {row.id}",
+                saw=str(error.errors()[0]["msg"]),
+                try_="restore registry.db from version control, or put the entry again with `zoo run`",
+            ) from error
+
+    @contextmanager
+    def _reading(self) -> Iterator[Session]:
+        with _told_plainly(self.name), Session(self.engine) as session:
+            yield session
+
+    @contextmanager
+    def _writing(self) -> Iterator[Session]:
+        engine = self.engine.execution_options(zoo_begin="write")
+        with _told_plainly(self.name), Session(engine) as session, session.begin():
+            yield session
+
+
+def _put(session: Session, entry: Entry) -> None:
+    session.get(EntryRow, entry.id, with_for_update=True)  # others that replace it wait here
+    for benchmark in entry.benchmarks:
+        machine = benchmark.machine
+        known = session.get(MachineRow, machine.fingerprint)
+        if known is None:
+            session.add(MachineRow(**machine.model_dump()))
+            session.flush()
+        elif Machine.model_validate(_fields(Machine, known)) != machine:
+            raise RegistryError(
+                f"{entry.id} was measured on a machine whose fingerprint the registry has for another",
+                saw=f"{machine.cpu}, fingerprint {machine.fingerprint[:12]}",
+                expected=known.cpu,
+            )
+    session.merge(EntryRow(**entry.model_dump(exclude=set(_PARTS))))
+    session.flush()
+    for name, (_, row) in _PARTS.items():
+        session.execute(delete(row).where(row.entry_id == entry.id))
+        records = [
+            {"entry_id": entry.id, "position": position, **_values(record)}
+            for position, record in enumerate(getattr(entry, name))
+        ]
+        if records:
+            session.execute(insert(row), records)
+
+
+def _values(record: Record) -> dict[str, Any]:
+    values = record.model_dump()
+    if isinstance(record, Benchmark):
+        values["machine_fingerprint"] = values.pop("machine")["fingerprint"]
+    return values
+
+
+def _fields(cls: type[Record], row: Any) -> dict[str, Any]:
+    """The fields of `cls` from a row and the rows that belong to it."""
+    values: dict[str, Any] = {}
+    for name in cls.model_fields:
+        value = getattr(row, name)
+        if isinstance(value, Base):
+            value = _fields(Machine, value)
+        elif name in _PARTS:
+            value = [_fields(_PARTS[name][0], part) for part in value]
+        values[name] = value
+    return values
+
+
+def _with_parts(cls: type[Record]) -> Any:
+    """Select entries together with the lists that `cls` shows."""
+    parts = [selectinload(getattr(EntryRow, name)) for name in cls.model_fields if name in _PARTS]
+    return select(EntryRow).options(
+        *parts, selectinload(EntryRow.benchmarks).selectinload(BenchmarkRow.machine)
+    )
+
+
+def _parse(url: str) -> URL:
+    if "://" not in url:
+        url_ = URL.create("sqlite", database=str(Path(url).expanduser()))
+    else:
+        try:
+            url_ = make_url(url)
+        except (ArgumentError, ValueError) as error:
+            raise UsageError(
+                f"{url!r} is not a registry", expected="a path, or a URL such as sqlite:///registry.db"
+            ) from error
+    if url_.get_backend_name() == "sqlite" and url_.database in (None, "", ".", ":memory:"):
+        raise UsageError("a registry needs a file", saw=url or "nothing", try_="--registry registry.db")
+    return url_
+
+
+def _sqlite_url(path: Path) -> URL:
+    """The URL by which SQLite opens a file: for writing where this process may, else as it lies there."""
+    path = path.absolute()
+    if not path.exists() or (os.access(path, os.W_OK) and os.access(path.parent, os.W_OK)):
+        return URL.create("sqlite", database=str(path))
+    # In a folder where SQLite cannot make the shared memory of its log, only `immutable` can be read.
+    log = path.with_name(path.name + "-wal")
+    immutable = "0" if log.exists() and log.stat().st_size else "1"
+    query = {"uri": "true", "mode": "ro", "immutable": immutable}
+    return URL.create("sqlite", database="file:" + quote(str(path)), query=query)
+
+
+def _engine(url: URL) -> Engine:
+    if url.get_backend_name() != "sqlite":
+        return create_engine(url)
+    # No pool: the last connection to close folds the log into the file, so nothing lies beside it.
+    engine = create_engine(url, poolclass=NullPool, connect_args={"timeout": BUSY_TIMEOUT_S})
+
+    @event.listens_for(engine, "connect")
+    def _(connection: Any, _record: object) -> None:
+        connection.isolation_level = None  # we say BEGIN ourselves, below
+        connection.execute("PRAGMA foreign_keys = ON")
+
+    @event.listens_for(engine, "begin")
+    def _(connection: Connection) -> None:
+        kind = connection.get_execution_options().get("zoo_begin")
+        if kind == "migrate":  # a table altered by copying must not take what refers to it along
+            connection.exec_driver_sql("PRAGMA foreign_keys = OFF")
+        # A reader that turns into a writer can fail at once; one that begins as a writer waits its turn.
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if kind else "BEGIN")
+
+    return engine
+
+
+def _use_wal(engine: Engine) -> None:
+    """Readers and the writer do not wait for each other; the file remembers it."""
+    deadline = time.monotonic() + BUSY_TIMEOUT_S
+    while True:
+        connection = engine.raw_connection()
+        try:
+            connection.cursor().execute("PRAGMA journal_mode = WAL")
+            return
+        except Exception as error:  # SQLite's timeout does not cover this pragma
+            if "locked" not in str(error) or time.monotonic() > deadline:
+                raise OperationalError("PRAGMA journal_mode = WAL", None, error) from error
+        finally:
+            connection.close()
+        time.sleep(0.02)
+
+
+def _alembic(connection: Connection | None = None) -> Any:
+    from alembic.config import Config
+
+    config = Config()
+    config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
+    config.attributes["connection"] = connection
+    return config
+
+
+def _known_revisions() -> set[str]:
+    from alembic.script import ScriptDirectory
+
+    return {script.revision for script in ScriptDirectory.from_config(_alembic()).walk_revisions()}
+
+
+@contextmanager
+def _told_plainly(name: str) -> Iterator[None]:
+    """Turn the database's errors into RegistryErrors that say what to do. IntegrityError is the caller's."""
+    try:
+        yield
+    except IntegrityError:
+        raise
+    except DBAPIError as error:
+        saw = str(error.orig)
+        if "locked" in saw:
+            raise RegistryError(
+                f"the registry {name} is locked by another process",
+                saw=f"no turn within {BUSY_TIMEOUT_S:.0f} s",
+                try_="run again when the other has finished; nothing is lost",
+            ) from error
+        if "readonly" in saw or "unable to open" in saw:
+            raise _unwritable(name, saw) from error
+        if "full" in saw or "disk I/O" in saw:
+            raise RegistryError(
+                f"no space left to write the registry {name}", saw=saw, try_="free some space and run again"
+            ) from error
+        if "not a database" in saw or "malformed" in saw:
+            raise RegistryError(
+                f"{name} is not a registry, or it is damaged",
+                saw=saw,
+                expected="an SQLite database",
+                try_="restore it from version control, or name another with --registry",
+            ) from error
+        raise RegistryError(f"the registry {name} does not answer", saw=saw.splitlines()[0]) from error
+
+
+def _unwritable(name: str, saw: str) -> RegistryError:
+    return RegistryError(
+        f"the registry {name} cannot be written",
+        saw=saw,
+        try_="name one in a folder you may write to with --registry or ZOO_REGISTRY",
+    )
