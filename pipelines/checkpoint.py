@@ -137,8 +137,9 @@ class _opened:
 
     def __enter__(self) -> Any:
         try:
-            self._file = safe_open(self.path, framework="pt")
-            return self._file.__enter__()
+            self._file: Any = safe_open(self.path, framework="pt")
+            opened: Any = self._file.__enter__()
+            return opened
         except (SafetensorError, OSError) as error:
             raise FormatError(
                 f"{self.path} is not a readable safetensors file",
@@ -191,7 +192,7 @@ class CheckpointWriter:
         if count == 1:
             self._part(0).rename(self.folder / WEIGHTS)
             return
-        table = {}
+        table: dict[str, str] = {}
         for number, names in enumerate(self._shards):
             shard = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
             self._part(number).rename(self.folder / shard)

@@ -8,6 +8,7 @@ q in [0, 2^bits - 1] and an integer zero point inside, so 0.0 is always on the g
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -22,16 +23,17 @@ class Grid:
     """scale (rows, groups) float32; zero_point (rows, groups) float32 of integers, None if symmetric."""
 
     bits: int
+    group: int  # columns
     scale: Tensor
     zero_point: Tensor | None
 
     @property
     def lowest(self) -> int:
-        return 0 if self.zero_point is not None else -(2 ** (self.bits - 1))
+        return 0 if self.zero_point is not None else -(1 << (self.bits - 1))
 
     @property
     def highest(self) -> int:
-        return self.lowest + 2**self.bits - 1
+        return self.lowest + (1 << self.bits) - 1
 
     def integers(self, weight: Tensor) -> Tensor:
         """Nearest q of every weight, (rows, columns) float32 of integers."""
@@ -44,12 +46,21 @@ class Grid:
         q = self._nearest(groups, self.scale[..., None], self._zero())
         return ((q - self._zero()) * self.scale[..., None]).view_as(weight)
 
-    def column(self, group: int, weight: Tensor) -> Tensor:
-        """`round` for one column of all rows, (rows,), that belongs to `group`."""
-        scale = self.scale[:, group]
-        zero = self.zero_point[:, group] if self.zero_point is not None else 0.0
-        q = (weight / scale + zero).round_().clamp_(self.lowest, self.highest)
-        return (q - zero).mul_(scale)
+    def column(self, column: int, weight: Tensor) -> Tensor:
+        """`round` for one column of all rows, (rows,)."""
+        scales, zeros = self._by_group
+        group = column // self.group
+        q = weight / scales[group]
+        if zeros is None:
+            return q.round_().clamp_(self.lowest, self.highest).mul_(scales[group])
+        q = (q + zeros[group]).round_().clamp_(self.lowest, self.highest)
+        return q.sub_(zeros[group]).mul_(scales[group])
+
+    @cached_property
+    def _by_group(self) -> tuple[Tensor, Tensor | None]:
+        """Scale and zero point as (groups, rows), each group contiguous."""
+        zeros = None if self.zero_point is None else self.zero_point.t().contiguous()
+        return self.scale.t().contiguous(), zeros
 
     def _zero(self) -> Tensor | float:
         return self.zero_point[..., None] if self.zero_point is not None else 0.0
@@ -68,19 +79,19 @@ def storable(scale: Tensor) -> Tensor:
 def absmax_grid(weight: Tensor, bits: int, group: int) -> Grid:
     """Symmetric, q = round((2^(bits-1) - 1) / max|x| * x), as in LLM.int8 (arXiv:2208.07339)."""
     groups = grouped(weight, group)
-    return Grid(bits, storable(groups.abs().amax(dim=2) / (2 ** (bits - 1) - 1)), None)
+    return Grid(bits, group, storable(groups.abs().amax(dim=2) / (2 ** (bits - 1) - 1)), None)
 
 
 def zero_point_grid(weight: Tensor, bits: int, group: int) -> Grid:
     """Asymmetric over [min(x, 0), max(x, 0)] with an integer zero point."""
     groups = grouped(weight, group)
-    return _between(groups.amin(dim=2), groups.amax(dim=2), bits)
+    return _between(groups.amin(dim=2), groups.amax(dim=2), bits, group)
 
 
-def _between(low: Tensor, high: Tensor, bits: int) -> Grid:
+def _between(low: Tensor, high: Tensor, bits: int, group: int) -> Grid:
     low, high = low.clamp(max=0.0), high.clamp(min=0.0)
     scale = storable((high - low) / (2**bits - 1))
-    return Grid(bits, scale, (-low / scale).round_().clamp_(0, 2**bits - 1))
+    return Grid(bits, group, scale, (-low / scale).round_().clamp_(0, 2**bits - 1))
 
 
 def searched_grid(
@@ -88,8 +99,8 @@ def searched_grid(
 ) -> Grid:
     """The grid with the least weighted rounding error among shrunken ranges.
 
-    importance (columns,) weighs the squared error of each column: the diagonal of the Hessian, or
-    1 / U_jj^2 inside GPTQ; None: all alike. A symmetric grid may have a negative scale, so that the side
+    importance (columns,) weighs the squared error of each column, as the diagonal of the Hessian does; None:
+    all alike. A symmetric grid may have a negative scale, so that the side
     with the larger weight gets the extra level -2^(bits-1).
     """
     groups = grouped(weight, group)
@@ -101,10 +112,10 @@ def searched_grid(
         side = torch.where(high > -low, -1.0, 1.0)  # the sign that sends the peak to -2^(bits-1)
         half = 2 ** (bits - 1)
         for shrink in SHRINK:
-            candidates.append(Grid(bits, storable(peak * (shrink / half)) * side, None))
-            candidates.append(Grid(bits, storable(peak * (shrink / (half - 1))), None))
+            candidates.append(Grid(bits, group, storable(peak * (shrink / half)) * side, None))
+            candidates.append(Grid(bits, group, storable(peak * (shrink / (half - 1))), None))
     else:
-        candidates += [_between(low * shrink, high * shrink, bits) for shrink in SHRINK]
+        candidates += [_between(low * shrink, high * shrink, bits, group) for shrink in SHRINK]
     best = candidates[0]
     least: Tensor | None = None
     for grid in candidates:
@@ -118,6 +129,7 @@ def searched_grid(
         least = torch.where(better, error, least)
         best = Grid(
             bits,
+            group,
             torch.where(better, grid.scale, best.scale),
             None
             if best.zero_point is None or grid.zero_point is None

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,9 +22,16 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 from pipelines.families import Family
 from zoo.errors import SourceError
 
-# Yields inputs (batch, length, in), is sent one output (batch, length, out) per linear layer of the group,
-# returns the layer's output (batch, length, width).
-LayerRun = Generator[Tensor, Sequence[Tensor], Tensor]
+
+class Pause(NamedTuple):
+    """Where a forward pass waits for the outputs of linear layers."""
+
+    inputs: Tensor  # (batch, length, in), shared by the group
+    residual: Tensor | None = None  # (batch, length, out) that the output is added to, if it is
+
+
+# Is sent one output (batch, length, out) per linear layer of the group, returns (batch, length, width).
+LayerRun = Generator[Pause, Sequence[Tensor], Tensor]
 LayerForward = Callable[[Tensor, Mapping[str, Tensor]], LayerRun]
 
 
@@ -49,20 +56,20 @@ def _llama(config: Any, length: int, device: torch.device) -> LayerForward:
     def forward(x: Tensor, w: Mapping[str, Tensor]) -> LayerRun:
         shape = (*x.shape[:2], -1, head)
         normed = F.rms_norm(x, x.shape[-1:], w["input_layernorm.weight"], config.rms_norm_eps)
-        q, k, v = [y.view(shape).transpose(1, 2) for y in (yield normed)]
+        q, k, v = [y.view(shape).transpose(1, 2) for y in (yield Pause(normed))]
         q, k = apply_rotary_pos_emb(q, k, cos.to(q.dtype), sin.to(q.dtype))
         mixed = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=heads != kv_heads
         )
         del q, k, v, normed
-        x = x + (yield mixed.transpose(1, 2).flatten(2))[0]
+        x = x + (yield Pause(mixed.transpose(1, 2).flatten(2), x))[0]
         del mixed
         normed = F.rms_norm(x, x.shape[-1:], w["post_attention_layernorm.weight"], config.rms_norm_eps)
-        gate, up = yield normed
+        gate, up = yield Pause(normed)
         del normed
         gated = activation(gate) * up
         del gate, up
-        return x + (yield gated)[0]
+        return x + (yield Pause(gated, x))[0]
 
     return forward
 
@@ -91,18 +98,18 @@ def _mpt(config: Any, length: int, device: torch.device) -> LayerForward:
     def forward(x: Tensor, w: Mapping[str, Tensor]) -> LayerRun:
         shape = (*x.shape[:2], heads, width // heads)
         normed = F.layer_norm(x, (width,), w["norm_1.weight"], w.get("norm_1.bias"), epsilon)
-        (qkv,) = yield normed
+        (qkv,) = yield Pause(normed)
         if attention.clip_qkv:
             qkv = qkv.clamp(-attention.clip_qkv, attention.clip_qkv)
         q, k, v = [y.reshape(shape).transpose(1, 2) for y in qkv.chunk(3, dim=-1)]
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), scale=scale)
         del q, k, v, qkv, normed
-        x = x + (yield mixed.transpose(1, 2).flatten(2))[0]
+        x = x + (yield Pause(mixed.transpose(1, 2).flatten(2), x))[0]
         del mixed
         normed = F.layer_norm(x, (width,), w["norm_2.weight"], w.get("norm_2.bias"), epsilon)
-        (up,) = yield normed
+        (up,) = yield Pause(normed)
         del normed
-        return x + (yield F.gelu(up))[0]
+        return x + (yield Pause(F.gelu(up), x))[0]
 
     return forward
 
@@ -119,4 +126,5 @@ def _alibi(heads: int, length: int, bias_max: float, device: torch.device) -> Te
         slopes = torch.cat([slopes[1::2], slopes[::2]])[:heads]
     position = torch.arange(length, device=device)
     distance = (position[None, :] - position[:, None]).float()
-    return (slopes[:, None, None] * distance).masked_fill(distance > 0, float("-inf"))
+    bias: Tensor = slopes[:, None, None] * distance
+    return bias.masked_fill(distance > 0, float("-inf"))

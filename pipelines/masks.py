@@ -6,12 +6,38 @@ return a bool mask of the same shape, True where the weight is kept.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from zoo.errors import PatternError
 
 BLOCK = 16  # columns of a block of the banded pattern
+
+
+@dataclass(frozen=True)
+class Unstructured:
+    """Any weights of a row: `sparsity` of them are removed."""
+
+    sparsity: float
+
+
+@dataclass(frozen=True)
+class Grouped:
+    """`keep` of every `group` consecutive columns; with a `window`, the banded pattern (group 16)."""
+
+    keep: int
+    group: int
+    window: int | None = None
+
+    @property
+    def sparsity(self) -> float:
+        return 1 - self.keep / self.group
+
+
+Pattern = Unstructured | Grouped
 
 
 def magnitude_scores(weight: Tensor) -> Tensor:
@@ -23,32 +49,39 @@ def wanda_scores(weight: Tensor, input_norm: Tensor) -> Tensor:
     return weight.abs() * input_norm
 
 
+def best_mask(scores: Tensor, pattern: Pattern) -> Tensor:
+    """The mask of `pattern` with the largest sum of scores."""
+    rows, columns = scores.shape
+    if isinstance(pattern, Unstructured):
+        return _largest(scores, columns - round(columns * pattern.sparsity))
+    if pattern.window is not None:
+        return top_of_bands(scores, pattern.keep, pattern.window)
+    check_divides(columns, pattern.group, "sparsity pattern")
+    return _largest(scores.reshape(-1, pattern.group), pattern.keep).view(rows, columns)
+
+
 def top_fraction(scores: Tensor, sparsity: float) -> Tensor:
     """Keep all but the lowest `sparsity` of the scores, compared across the whole matrix."""
-    drop = round(scores.numel() * sparsity)
-    mask = torch.ones(scores.numel(), dtype=torch.bool, device=scores.device)
-    if drop:
-        # argpartition by way of kthvalue is not stable under ties; topk of the lowest drops exactly `drop`
-        mask[scores.flatten().topk(drop, largest=False, sorted=False).indices] = False
-    return mask.view_as(scores)
+    return _largest(scores.reshape(1, -1), scores.numel() - round(scores.numel() * sparsity)).view_as(scores)
 
 
-def top_fraction_of_rows(scores: Tensor, sparsity: float) -> Tensor:
-    """Keep all but the lowest `sparsity` of each row, as Wanda does."""
-    drop = round(scores.shape[1] * sparsity)
-    mask = torch.ones_like(scores, dtype=torch.bool)
-    if drop:
-        mask.scatter_(1, scores.topk(drop, dim=1, largest=False, sorted=False).indices, False)
+def _largest(scores: Tensor, keep: int) -> Tensor:
+    """True at exactly the `keep` largest of each row; of equal scores, any."""
+    columns = scores.shape[1]
+    if keep in (0, columns):
+        return torch.full_like(scores, keep > 0, dtype=torch.bool)
+    if scores.device.type != "cpu":
+        mask = torch.zeros_like(scores, dtype=torch.bool)
+        return mask.scatter_(1, scores.topk(keep, dim=1, sorted=False).indices, True)
+    # NumPy's vectorised selection is 7-10 times as fast as topk on a CPU; it gives the threshold only.
+    cut = columns - keep
+    threshold = np.partition(scores.numpy(), cut, axis=1)[:, cut : cut + 1]
+    mask = scores >= torch.from_numpy(threshold)
+    tied = mask.sum(dim=1) != keep
+    if tied.any():
+        exact = torch.zeros_like(scores[tied], dtype=torch.bool)
+        mask[tied] = exact.scatter_(1, scores[tied].topk(keep, dim=1, sorted=False).indices, True)
     return mask
-
-
-def top_of_group(scores: Tensor, keep: int, group: int) -> Tensor:
-    """Keep the `keep` best of every `group` consecutive columns of a row (2:4 is keep 2, group 4)."""
-    check_divides(scores.shape[1], group, "sparsity pattern")
-    grouped = scores.view(scores.shape[0], -1, group)
-    mask = torch.zeros_like(grouped, dtype=torch.bool)
-    mask.scatter_(2, grouped.topk(keep, dim=2, sorted=False).indices, True)
-    return mask.view_as(scores)
 
 
 def window_starts(keep: int, window: int) -> list[int]:
