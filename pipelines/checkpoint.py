@@ -10,7 +10,6 @@ import json
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -138,19 +137,16 @@ class _opened:
     def __enter__(self) -> Any:
         try:
             self._file: Any = safe_open(self.path, framework="pt")
-            opened: Any = self._file.__enter__()
-            return opened
         except (SafetensorError, OSError) as error:
             raise FormatError(
                 f"{self.path} is not a readable safetensors file",
                 saw=str(error),
                 try_="fetch or export the file again",
             ) from error
+        return self._file
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._file.__exit__(kind, error, trace)
+    def __exit__(self, *_: object) -> None:
+        del self._file
 
 
 class CheckpointWriter:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -218,18 +217,19 @@ def _embed(checkpoint: Checkpoint, windows: Tensor, device: torch.device) -> lis
     name = f"{checkpoint.family.embeddings}.weight"
     table = checkpoint.tensors([name])[name]
     batch = max(1, BATCH_TOKENS // windows.shape[1])
-    return [F.embedding(ids, table).to(device, SOLVER_DTYPE) for ids in windows.split(batch)]
+    batches = torch.split(windows, batch)
+    return [F.embedding(ids, table).to(device, SOLVER_DTYPE) for ids in batches]
 
 
 def _pattern(setting: SparsityPattern, sparsity: float | None) -> Pattern:
     """The pattern asked for, at the layer's own sparsity if the allocation gives one."""
     if setting.keep is None or setting.group is None:
-        return Unstructured(setting.sparsity or 0.0 if sparsity is None else sparsity)
+        return Unstructured(sparsity if sparsity is not None else setting.sparsity or 0.0)
     if sparsity is None:
         return Grouped(setting.keep, setting.group, setting.window)
     keep = min(max(round(setting.group * (1 - sparsity)), 1), setting.group)
     if setting.window is not None:
-        keep = min((4, 6, 8, 10, 12), key=lambda allowed: abs(allowed - setting.group * (1 - sparsity)))
+        keep = min((4, 6, 8, 10, 12), key=lambda allowed: abs(allowed - 16 * (1 - sparsity)))
     return Grouped(keep, setting.group, setting.window)
 
 
@@ -357,7 +357,7 @@ def _record(
     error = (
         output_error(linear.weight, weight, hessian)
         if hessian is not None
-        else float((linear.weight - weight).norm() ** 2 / linear.weight.norm().clamp_min(1e-30) ** 2)
+        else float((linear.weight - weight).square().sum() / linear.weight.square().sum().clamp_min(1e-30))
     )
     name = before.pattern if before else None
     window = before.window if before else None
@@ -392,8 +392,3 @@ def _grid_tensors(module: str, grid: Grid) -> dict[str, Tensor]:
     if grid.zero_point is not None:
         tensors[f"{module}.zero_point"] = grid.zero_point.to(torch.int32).cpu()
     return tensors
-
-
-def read_windows(path: Path) -> Tensor:
-    """Token ids (count, length) of a calibration folder."""
-    return torch.tensor(json.loads((path / "windows.json").read_text()), dtype=torch.long)

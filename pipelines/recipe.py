@@ -1,24 +1,30 @@
 """The recipe: one typed YAML file that says everything about a compressed model.
 
-Unknown keys are refused with their line and the nearest known key, so a misspelt option never runs.
+Unknown keys are refused with their line and the nearest key known at that place, so a misspelt option
+never runs. So are keys that stand twice, of which YAML would silently take the last.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+import re
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from zoo.entry import EntryId
 from zoo.errors import RecipeError
 
+MAX_BYTES = 1 << 20  # of a recipe; a real one has less than 2 KB
+MAX_PROBLEMS = 20  # told at once
+
 
 class Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    # strict: `windows: yes` is no number, as the JSON Schema says too
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class Calibration(Part):
@@ -65,6 +71,12 @@ class Owl(Part):
     spread: float = Field(0.08, gt=0, lt=0.5, description="lambda: most that a layer's sparsity differs")
 
 
+Allocation = Annotated[
+    Annotated[Literal["uniform"], Tag("uniform")] | Annotated[Owl, Tag("owl")],
+    Discriminator(lambda value: "owl" if isinstance(value, dict | Owl) else "uniform"),
+]
+
+
 class PruneOverride(Part):
     """Another pattern for some linear layers; without one, they stay dense."""
 
@@ -106,7 +118,7 @@ class Prune(Part):
     kind: Literal["prune"]
     method: Literal["magnitude", "wanda", "sparsegpt", "admm"]
     pattern: SparsityPattern
-    allocation: Literal["uniform"] | Owl = "uniform"
+    allocation: Allocation = "uniform"
     correction: float = Field(
         0.0, ge=0, le=1, description="how far weights move to undo the error of earlier layers"
     )
@@ -223,36 +235,99 @@ def json_schema() -> dict[str, Any]:
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read and check a recipe. Overrides are `key.path=value`, the value in YAML: `steps.0.damping=0.1`."""
+    """Read and check a recipe. Overrides are `key.path=value`, the value in YAML: `steps.0.damping=0.1`.
+
+    Raises RecipeError for whatever is wrong, with the line.
+    """
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            raw = file.read(MAX_BYTES + 1)
+        text = raw.decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(
             f"cannot read the recipe {path}",
             saw=getattr(error, "strerror", None) or str(error),
             try_="zoo recipe check FILE, or one of those in pipelines/recipes/",
         ) from error
+    if len(raw) > MAX_BYTES:
+        raise RecipeError(f"{path} is too large for a recipe", expected=f"at most {MAX_BYTES} bytes")
     try:
-        tree = yaml.compose(text, Loader=yaml.SafeLoader)
-        data = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise RecipeError(
-            f"{path} is not YAML{where}", saw=getattr(error, "problem", None) or str(error)
-        ) from error
+        tree, data = _parse(text)
+    except _NOT_YAML as error:
+        raise RecipeError(f"{path} is not YAML{_at(error, text)}", saw=_reason(error)) from error
     if not isinstance(data, dict):
-        raise RecipeError(f"{path} is not a recipe", saw=type(data).__name__, expected="a mapping of keys")
+        saw = "nothing" if data is None else type(data).__name__
+        raise RecipeError(f"{path} is not a recipe", saw=saw, expected="a mapping of keys")
     for override in overrides:
         _override(data, override)
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
+        found = error.errors(include_url=False)
+        problems = [_explain(problem, tree, overrides) for problem in found[:MAX_PROBLEMS]]
+        if len(found) > MAX_PROBLEMS:
+            problems.append(f"  and {len(found) - MAX_PROBLEMS} more")
         raise RecipeError(
-            f"{path} is not a valid recipe\n"
-            + "\n".join(_explain(problem, tree) for problem in error.errors()),
+            f"{path} is not a valid recipe\n" + "\n".join(problems),
             try_="zoo recipe schema, which prints every key",
         ) from error
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses what a recipe has no use for, and hostile files have: aliases, and keys that stand twice."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+            raise yaml.composer.ComposerError(None, None, "aliases (*name) are not for recipes", mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen = set()
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    problem = f"the key `{key.value}` stands twice"
+                    raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, LookupError, AttributeError, TypeError, ArithmeticError) as error:
+            # what PyYAML lets through on values like `!!int x` or the date 2024-02-31
+            problem = f"{str(node.value)[:60]!r} is not a {node.tag.rpartition(':')[2]}"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from error
+
+
+# In YAML 1.1, which PyYAML reads, 1e-3 is a string: it wants 1.0e-3.
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+_NOT_YAML = (yaml.YAMLError, RecursionError)
+
+
+def _parse(text: str) -> tuple[yaml.Node | None, Any]:
+    """The one document as nodes, which know their lines, and as data."""
+    loader = _Loader(text)
+    try:
+        tree = loader.get_single_node()
+        return tree, None if tree is None else loader.construct_document(tree)
+    finally:
+        loader.dispose()
+
+
+def _at(error: BaseException, text: str) -> str:
+    if mark := getattr(error, "problem_mark", None):
+        return f" at line {mark.line + 1}, column {mark.column + 1}"
+    if isinstance(error, yaml.reader.ReaderError):
+        return f" at line {text[: error.position].count(chr(10)) + 1}"
+    return ""
+
+
+def _reason(error: BaseException) -> str:
+    return getattr(error, "problem", None) or " ".join(str(error).split())
 
 
 def _override(data: dict[str, Any], override: str) -> None:
@@ -262,7 +337,7 @@ def _override(data: dict[str, Any], override: str) -> None:
     try:
         if not equals or not all(parts):
             raise ValueError
-        parsed = yaml.safe_load(value)
+        _, parsed = _parse(value)
         for part in parts[:-1]:
             target = target[int(part)] if isinstance(target, list) else target.setdefault(part, {})
         if isinstance(target, list):
@@ -271,47 +346,101 @@ def _override(data: dict[str, Any], override: str) -> None:
             target[parts[-1]] = parsed
         else:
             raise ValueError
-    except (ValueError, IndexError, TypeError, AttributeError, yaml.YAMLError) as error:
+    except (*_NOT_YAML, ValueError, LookupError, TypeError, AttributeError) as error:
         raise RecipeError(
-            f"--set {override} does not name a place in the recipe",
+            f"--set {override} does not name a place in the recipe, or no value",
             expected="key=value, e.g. --set calibration.windows=32 or --set steps.0.pattern.sparsity=0.6",
         ) from error
 
 
-def _explain(problem: Any, tree: yaml.Node | None) -> str:
-    """One line for one of pydantic's errors, with the line of the file it is about."""
-    node, path = tree, []
-    for part in problem["loc"]:
-        step = _child(node, part)
-        if step is not None:
-            node = step
-            path.append(str(part))
-    line = f"line {node.start_mark.line + 1}" if node is not None else "recipe"
-    where = ".".join(path) or "recipe"
-    if problem["type"] == "extra_forbidden":
-        key = str(problem["loc"][-1])
-        known = _known_keys()
-        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-        hint = f"; did you mean `{near[0]}`?" if near else ""
-        return f"  {line}: `{where}` is not a known key{hint}"
-    if problem["type"] == "missing":
-        return f"  {line}: `{'.'.join([*path, str(problem['loc'][-1])])}` is missing"
-    return f"  {line}: `{where}`: {problem['msg'].removeprefix('Value error, ')}"
+def _explain(problem: Any, tree: yaml.Node | None, overrides: Sequence[str]) -> str:
+    """One line for one of pydantic's errors, with the line of the file, or the override, it is about."""
+    kind, loc = problem["type"], problem["loc"]
+    if kind in ("extra_forbidden", "invalid_key"):
+        path, here = _place(loc[:-1])
+        path.append(str(loc[-1]))
+        keys = sorted({key for alternative in here for key in alternative.get("properties", {})})
+        message = f" is not a known key{_nearest(path[-1], keys, 'known here')}"
+    elif kind in ("union_tag_invalid", "union_tag_not_found"):
+        path, here = _place(loc)
+        path.append("kind")
+        message = _not_one_of(problem["input"].get("kind"), _kinds(here))
+    else:
+        path, here = _place(loc)
+        message = f": {problem['msg'].removeprefix('Value error, ')}"
+        if kind == "missing":
+            message = " is missing"
+        elif kind == "literal_error":
+            choices = [c for a in here for c in a.get("enum", [a["const"]] if "const" in a else [])]
+            choices += [f"a mapping of kind {kind}" for kind in _kinds(here)]
+            message = _not_one_of(problem["input"], choices)
+        elif kind in ("model_type", "model_attributes_type"):
+            given = problem["input"]
+            message = f" must be a mapping of keys, not {'nothing' if given is None else repr(given)[:60]}"
+    where = ".".join(path)
+    for override in overrides:
+        key = override.partition("=")[0]
+        if f"{where}.".startswith(f"{key}.") or f"{key}.".startswith(f"{where}."):
+            return f"  --set {override}: `{where}`{message}"
+    return f"  line {_line(tree, path)}: `{where or 'recipe'}`{message}"
 
 
-def _child(node: yaml.Node | None, part: int | str) -> yaml.Node | None:
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            if key.value == part:
-                found: yaml.Node = value
-                return found
-    if isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
-        item: yaml.Node = node.value[part]
-        return item
-    return None
+def _not_one_of(found: object, choices: list[Any]) -> str:
+    if found is None:
+        return f" is missing: one of {', '.join(map(str, choices))}"
+    return f" is {repr(found)[:60]}{_nearest(str(found), [str(choice) for choice in choices], 'want')}"
 
 
-def _known_keys() -> list[str]:
+def _nearest(word: str, known: list[str], heading: str) -> str:
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; did you mean `{near[0]}`?" if near else f"; {heading}: {', '.join(known)}"
+
+
+def _place(loc: Sequence[int | str]) -> tuple[list[str], list[dict[str, Any]]]:
+    """Where in the file one of pydantic's locations is, and the alternatives of the schema for that place.
+
+    The location also names the members of unions that pydantic tried; these are not in the file.
+    """
     schema = json_schema()
-    parts = [schema, *schema["$defs"].values()]
-    return sorted({key for part in parts for key in part.get("properties", {})})
+    path: list[str] = []
+    here = _alternatives(schema, schema)
+    for part in loc:
+        if len(here) > 1 and part in _kinds(here):
+            here = [node for node in here if part in _kinds([node])]
+            continue
+        if isinstance(part, int):
+            below = [node["items"] for node in here if "items" in node]
+        else:
+            below = [node["properties"][part] for node in here if part in node.get("properties", {})]
+        if below:
+            path.append(str(part))
+            here = [alternative for node in below for alternative in _alternatives(node, schema)]
+    return path, here
+
+
+def _alternatives(node: dict[str, Any], schema: dict[str, Any]) -> list[dict[str, Any]]:
+    """What a node of the JSON Schema stands for, references and unions resolved."""
+    if "$ref" in node:
+        node = schema["$defs"][node["$ref"].rpartition("/")[2]]
+    members = node.get("anyOf") or node.get("oneOf")
+    return [a for member in members for a in _alternatives(member, schema)] if members else [node]
+
+
+def _kinds(alternatives: list[dict[str, Any]]) -> list[str]:
+    return [a["properties"]["kind"]["const"] for a in alternatives if "kind" in a.get("properties", {})]
+
+
+def _line(tree: yaml.Node | None, path: Sequence[str]) -> int:
+    """The line, from 1, of the last part of `path` that is in the file."""
+    line = 1 if tree is None else tree.start_mark.line + 1
+    for part in path:
+        if isinstance(tree, yaml.MappingNode):
+            found = next(((key, value) for key, value in tree.value if key.value == part), None)
+        elif isinstance(tree, yaml.SequenceNode) and part.isdigit() and int(part) < len(tree.value):
+            found = (tree.value[int(part)],) * 2
+        else:
+            found = None
+        if found is None:
+            break
+        line, tree = found[0].start_mark.line + 1, found[1]
+    return line

@@ -105,7 +105,7 @@ class Curvature:
     @cached_property
     def order(self) -> Tensor:
         """Columns by falling diagonal of the Hessian: GPTQ's activation order."""
-        return self.hessian.diagonal().argsort(descending=True, stable=True)
+        return torch.argsort(self.hessian.diagonal(), descending=True, stable=True)
 
     @cached_property
     def ordered_factor(self) -> Tensor:
@@ -158,7 +158,8 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
         lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
         if not failed:
             upper = lower.flip(0, 1)  # H = R R^T with R upper triangular
-            return torch.linalg.solve_triangular(upper, identity, upper=True)
+            factor: Tensor = torch.linalg.solve_triangular(upper, identity, upper=True)
+            return factor
     raise NumericsError(
         "the Hessian of a layer cannot be factorised",
         expected="finite, varied calibration activations",

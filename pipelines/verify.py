@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 
 from pipelines.export_gguf import TYPES
 from zoo.entry import Benchmark, Verification
+from zoo.errors import ZooError
 from zoo.machine import this_machine
 from zoo.progress import say
 
@@ -178,6 +179,66 @@ def verify_gguf(
         repeats=REPEATS,
         machine=this_machine(),
         **speed,
+    )
+
+
+def verify_all(model: Path, exports: Path, *, threads: int) -> tuple[list[Verification], list[Benchmark]]:
+    """Verify every model file in `exports`: the dense folder `model` is what they must match."""
+    verifications, benchmarks = [], []
+    weights = min((path.name for path in exports.glob("model*.safetensors")), default=model.name)
+    try:
+        expected = reference(model)
+    except ZooError as error:
+        return [_verification_of_folder(weights, str(error))], []
+    if not all(np.isfinite(p).all() for p in expected.log_probabilities):
+        return [_verification_of_folder(weights, "its logits are NaN or infinite")], []
+    if (exports / weights).is_file():
+        verifications.append(_verification_of_folder(weights, None))
+    packed = exports / "compressed-tensors"
+    if packed.is_dir():
+        verifications.append(verify_folder(packed, expected))
+    for gguf in sorted(exports.glob("*.gguf")):
+        verification, benchmark = verify_gguf(gguf, expected, threads=threads)
+        verifications.append(verification)
+        if benchmark is not None:
+            benchmarks.append(benchmark)
+    return verifications, benchmarks
+
+
+def verify_folder(folder: Path, expected: Reference) -> Verification:
+    """Load another export of the same weights with transformers and compare its logits with `expected`."""
+    try:
+        found = reference(folder)
+    except ZooError as error:
+        return _verification_of_folder(folder.name, str(error))
+    pairs = list(zip(expected.log_probabilities, found.log_probabilities, strict=True))
+    kl = float(np.concatenate([(np.exp(p) * (p - q)).sum(axis=1) for p, q in pairs]).mean())
+    top1 = float(np.concatenate([p.argmax(axis=1) == q.argmax(axis=1) for p, q in pairs]).mean())
+    tolerance = TOLERANCES["F16"]
+    failure = None
+    if not (kl <= tolerance.max_kl and top1 >= tolerance.min_top1):
+        failure = (
+            f"its logits are not the model's: mean KL divergence {kl:.4f} nats, top-1 agreement {top1:.3f}"
+        )
+    return _verification_of_folder(
+        folder.name,
+        failure,
+        top1_agreement=top1,
+        kl_divergence=max(kl, 0.0) if np.isfinite(kl) else None,
+        min_top1_agreement=tolerance.min_top1,
+        max_kl_divergence=tolerance.max_kl,
+        positions=sum(map(len, expected.ids)),
+    )
+
+
+def _verification_of_folder(artifact: str, failure: str | None, **facts: Any) -> Verification:
+    return Verification(
+        runner="transformers",
+        runner_version=version("transformers"),
+        artifact=artifact,
+        passed=failure is None,
+        reason=failure or "loads unmodified and gives finite logits",
+        **facts,
     )
 
 

@@ -90,7 +90,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
         try:
             yield temporary
             _fsync(temporary)
-            os.replace(temporary, path)
+            temporary.replace(path)
             _fsync(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
@@ -151,7 +151,7 @@ class Store:
                 for path in temporary.rglob("*"):
                     _fsync(path)
                 final.parent.mkdir(parents=True, exist_ok=True)
-                os.replace(temporary, final)
+                temporary.replace(final)
                 _fsync(final.parent)
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
