@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, Validatio
 from zoo.entry import EntryId
 from zoo.errors import RecipeError
 
-MAX_BYTES = 1 << 20  # of a recipe; a real one has less than 2 KB
+MAX_BYTES = 1 << 18  # of a recipe; a real one has less than 2 KB
 MAX_PROBLEMS = 20  # told at once
 
 

@@ -1,0 +1,43 @@
+# make demo   set up, then compress, measure, export, verify and record a real model
+# make test   set up, then lint, type-check and run every test
+# Both skip what is done. Set-up: about 12 minutes on 2 cores the first time, most of it compiling llama.cpp.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+CORES := $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2)
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+RECIPE := pipelines/recipes/smollm2-135m-8of16-w4.yaml
+
+.PHONY: demo test lint clean
+
+demo: $(READY)
+	@echo "== Compressing SmolLM2-135M to 8 of 16 weights in 4 bits: about 10 minutes on 2 cores"
+	$(BIN)/zoo run $(RECIPE)
+
+test: $(READY) lint
+	@echo "== Tests, those on real models included: about 15 minutes on 2 cores"
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(READY): pyproject.toml constraints.txt
+	@echo "== Set-up in $(VENV): about 12 minutes the first time (llama.cpp is compiled on $(CORES) cores)"
+	@command -v c++ >/dev/null || { echo "No C++ compiler: apt-get install g++"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+	  echo "This Python cannot make a virtual environment: apt-get install python3-venv"; exit 1; }
+	@echo "== PyTorch and the other packages, with llama.cpp compiling beside them"
+	@CMAKE_BUILD_PARALLEL_LEVEL=$(CORES) $(PIP) wheel --quiet --no-deps --constraint constraints.txt \
+	  --wheel-dir $(VENV)/wheels llama-cpp-python > $(VENV)/llama.log 2>&1 & compiling=$$!; \
+	$(PIP) install --quiet --constraint constraints.txt torch==2.13.0 \
+	  && wait $$compiling || { tail -n 20 $(VENV)/llama.log; exit 1; }
+	@$(PIP) install --quiet --constraint constraints.txt --find-links $(VENV)/wheels \
+	  --editable '.[pipelines,app,serve,dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) .zoo build dist
