@@ -61,9 +61,7 @@ def self_generated(setting: Calibration, base: Path) -> Ids:
     ordinary = torch.tensor([i for i in range(len(tokenizer)) if i not in special])
     generator = torch.Generator().manual_seed(setting.seed)
     first = ordinary[torch.randint(len(ordinary), (setting.windows, 1), generator=generator)]
-    say(
-        f"the base model writes {setting.windows} windows of {setting.length} tokens to calibrate on"
-    )
+    say(f"the base model writes {setting.windows} windows of {setting.length} tokens to calibrate on")
     written = []
     torch.manual_seed(setting.seed)
     for batch in torch.split(first, BATCH):

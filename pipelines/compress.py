@@ -102,6 +102,9 @@ def run_step(step: Prune | Quantize, folder: Path, out: Path, windows: Tensor | 
                     continue
                 records[prefix + name] = result.record
                 stored[f"{name}.weight"] = result.weight.to(stored[f"{name}.weight"].dtype)
+                if result.record.bits == 16 or result.grid is not None:
+                    for tensor_name in (f"{prefix}{name}.scale", f"{prefix}{name}.zero_point"):
+                        grids.pop(tensor_name, None)
                 if result.grid is not None:
                     grids |= _grid_tensors(prefix + name, result.grid)
             for name, tensor in stored.items():
@@ -359,6 +362,8 @@ def _record(
         if hessian is not None
         else float((linear.weight - weight).square().sum() / linear.weight.square().sum().clamp_min(1e-30))
     )
+    # only masks leave weights on the grid of an earlier step
+    grid = rounding or (before if before and method in ("magnitude", "wanda") else None)
     name = before.pattern if before else None
     window = before.window if before else None
     if isinstance(pattern, Grouped):
@@ -372,9 +377,9 @@ def _record(
         sparsity=float((weight == 0).sum()) / weight.numel(),
         pattern=name,
         window=window,
-        bits=rounding.bits if rounding else before.bits if before else 16,
-        group=rounding.group if rounding else before.group if before else None,
-        symmetric=rounding.symmetric if rounding else before.symmetric if before else None,
+        bits=grid.bits if grid else 16,
+        group=grid.group if grid else None,
+        symmetric=grid.symmetric if grid else None,
         method="+".join(filter(None, [before.method if before else None, method])),
         error=error,
     )

@@ -223,6 +223,14 @@ class Recipe(Part):
     exports: list[Export] = [Safetensors(kind="safetensors"), Gguf(kind="gguf", types=["F16", "Q8_0"])]
     verification: VerifyWith = VerifyWith()
 
+    @model_validator(mode="after")
+    def _something_to_pack(self) -> Recipe:
+        packs = any(isinstance(export, CompressedTensors) for export in self.exports)
+        quantizes = any(isinstance(step, Quantize) or step.quantize is not None for step in self.steps)
+        if packs and not quantizes:
+            raise ValueError("the export compressed-tensors needs a step that quantizes")
+        return self
+
     def to_yaml(self) -> str:
         """The resolved recipe, every default spelt out."""
         text: str = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

@@ -60,7 +60,7 @@ LIBRARIES = (
 # The code that decides a stage's result.
 SOLVER_CODE = (compress, solve, masks, grids, layers, allocate, checkpoint, families)
 EVALUATION_CODE = (evaluate, harness, text)
-EXPORT_CODE = (export_gguf, gguf_tokenizer, export_compressed, checkpoint, families)
+EXPORT_CODE = (export_gguf, gguf_tokenizer, export_compressed, checkpoint, grids, families)
 
 
 @dataclass
