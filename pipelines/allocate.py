@@ -68,10 +68,14 @@ def outlier_ratio(scores: Sequence[Tensor], threshold: float) -> float:
 
 
 def spread_around(mean: float, ratios: Sequence[float], spread: float) -> list[float]:
-    """Sparsities with the given mean, within `spread` of it, falling as the outlier ratio rises."""
-    low, high = min(ratios), max(ratios)
-    if high == low:
+    """Sparsities with the given mean, within `spread` of it, falling as the outlier ratio rises.
+
+    The paper's bound, [mean - spread, mean + spread]; its published code lets a layer leave it. Less than
+    `spread` is used where a sparsity would fall below 0 or rise above 0.99.
+    """
+    if max(ratios) == min(ratios):
         return [mean] * len(ratios)
-    scaled = [(ratio - low) / (high - low) * 2 * spread for ratio in ratios]
-    centre = sum(scaled) / len(scaled)
-    return [min(max(mean - (value - centre), 0.0), 0.99) for value in scaled]
+    centre = sum(ratios) / len(ratios)
+    furthest = max(abs(ratio - centre) for ratio in ratios)
+    spread = min(spread, mean, max(0.99 - mean, 0.0))
+    return [mean - spread * (ratio - centre) / furthest for ratio in ratios]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,7 +11,7 @@ import torch
 from pipelines.evaluate import load_model
 from pipelines.recipe import Calibration
 from pipelines.text import Ids, read_text, token_ids, windows
-from zoo.errors import CalibrationError
+from zoo.errors import CalibrationError, NumericsError
 from zoo.files import atomic_file
 from zoo.progress import say
 
@@ -65,18 +66,29 @@ def self_generated(setting: Calibration, base: Path) -> Ids:
     written = []
     torch.manual_seed(setting.seed)
     for batch in torch.split(first, BATCH):
-        start = batch.to(model.device)
-        written.append(
-            model.generate(
-                start,
-                attention_mask=torch.ones_like(start),
-                do_sample=True,
-                temperature=TEMPERATURE,
-                top_k=TOP_K,
-                min_new_tokens=setting.length - 1,
-                max_new_tokens=setting.length - 1,
-                pad_token_id=0,
-            ).cpu()
-        )
+        written.append(_continued(model, batch.to(model.device), setting.length))
     ids: Ids = torch.cat(written).numpy()
     return ids
+
+
+def _continued(model: Any, start: torch.Tensor, length: int) -> torch.Tensor:
+    """Sampled continuations of `start` (batch, 1), as (batch, length)."""
+    try:
+        ids: torch.Tensor = model.generate(
+            start,
+            attention_mask=torch.ones_like(start),
+            do_sample=True,
+            temperature=TEMPERATURE,
+            top_k=TOP_K,
+            min_new_tokens=length - 1,
+            max_new_tokens=length - 1,
+            pad_token_id=0,
+        )
+    except RuntimeError as error:
+        if "probability tensor" not in str(error):
+            raise
+        raise NumericsError(
+            "the base model cannot write: its logits are NaN or infinite",
+            try_="check the base model with `zoo analyze`; it overflows where all its weights are finite",
+        ) from error
+    return ids.cpu()

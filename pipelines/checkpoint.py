@@ -43,6 +43,8 @@ class Checkpoint:
             self.config: dict[str, Any] = json.loads(config.read_text())
         except ValueError as error:
             raise FormatError(f"{config} is not JSON", saw=str(error)) from error
+        if not isinstance(self.config, dict):
+            raise FormatError(f"{config} is not a configuration", expected="a JSON object")
         self.family: Family = family_of(self.config)
         self._shard_of = self._read_index()
 
@@ -51,7 +53,7 @@ class Checkpoint:
         if index.is_file():
             try:
                 table: dict[str, str] = json.loads(index.read_text())["weight_map"]
-                shards = sorted(set(table.values()))
+                shards = sorted({str(shard) for shard in table.values()})
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise FormatError(f"{index} has no usable weight_map", saw=repr(error)) from error
         else:
@@ -75,7 +77,14 @@ class Checkpoint:
 
     @property
     def layer_count(self) -> int:
-        return int(self.config.get("num_hidden_layers") or self.config["n_layers"])
+        count = self.config.get("num_hidden_layers", self.config.get("n_layers"))
+        if not isinstance(count, int) or count < 1:
+            raise FormatError(
+                f"{self.folder / 'config.json'} does not say how many layers the model has",
+                saw=repr(count),
+                expected="a number under num_hidden_layers (n_layers for MPT)",
+            )
+        return count
 
     @property
     def tied(self) -> bool:
@@ -102,10 +111,12 @@ class Checkpoint:
         return found
 
     def layer(self, index: int) -> dict[str, Tensor]:
-        """Tensors of decoder layer `index`, named relative to the layer."""
+        """Tensors of decoder layer `index`, named relative to the layer, in sorted order."""
         prefix = self.family.layer_prefix(index)
-        names = [name for name in self._shard_of if name.startswith(prefix)]
-        return {name.removeprefix(prefix): tensor for name, tensor in self.tensors(names).items()}
+        needed = {f"{prefix}{module}.weight" for module in self.family.gguf_layer}
+        names = sorted(needed.union(name for name in self._shard_of if name.startswith(prefix)))
+        found = self.tensors(names)
+        return {name.removeprefix(prefix): found[name] for name in names}
 
     def outer_names(self) -> list[str]:
         """Names of the tensors outside the decoder layers: embeddings, final norm, head."""
@@ -117,7 +128,12 @@ class Checkpoint:
         path = self.folder / COMPRESSION
         if not path.is_file():
             return []
-        return [Layer.model_validate(layer) for layer in json.loads(path.read_text())["layers"]]
+        try:
+            return [Layer.model_validate(layer) for layer in json.loads(path.read_text())["layers"]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise FormatError(
+                f"{path} is not a record of what was done to the layers", saw=str(error).splitlines()[0]
+            ) from error
 
     def grids(self) -> dict[str, Tensor]:
         """`<module>.scale` and `<module>.zero_point` of the quantized layers."""

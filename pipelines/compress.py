@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -114,7 +115,9 @@ def run_step(step: Prune | Quantize, folder: Path, out: Path, windows: Tensor | 
             grid = _outer_grid(step, checkpoint, name)
             if grid is not None:
                 module = name.removesuffix(".weight")
-                result = _round(Linear(module, tensor.float(), None), tensor.float(), grid, "rtn", None)
+                outer = Linear(module, tensor.float(), None)
+                with _named(outer):
+                    result = _round(outer, outer.weight, grid, "rtn", None)
                 tensor = result.weight.to(tensor.dtype)
                 records[module] = result.record
                 if result.grid is not None:
@@ -162,9 +165,10 @@ class Stream:
                 gram.add(pause.inputs)
             curvature = Curvature(gram.hessian(), damping)
             targets = [linear.weight for linear in group]
+            biases = [weights.get(f"{name}.bias") for name in names]
             if self.correction:
                 targets = self._corrected(runs, originals, targets, curvature)
-                originals.advance([linear.weight for linear in group])
+                originals.advance([linear.weight for linear in group], biases)
             outputs = []
             for name, linear, target in zip(names, group, targets, strict=True):
                 result = compress(linear, target, curvature)
@@ -172,7 +176,6 @@ class Stream:
                 weight = linear.weight if result is None else result.weight
                 # what is stored is what the next layers must live with
                 outputs.append(weight.to(stored[f"{name}.weight"].dtype).to(SOLVER_DTYPE))
-            biases = [weights.get(f"{name}.bias") for name in names]
             runs.advance(outputs, biases)
         self.hidden, self.original = runs.results, originals.results
         return done
@@ -198,15 +201,14 @@ class Lockstep:
         self.at: list[Pause] = [next(run) for run in runs]
         self.results: list[Tensor] = []
 
-    def advance(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None] | None = None) -> None:
+    def advance(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> None:
         """Send every pass the outputs of its linear layers and stop before the next ones."""
         paused, self.at = self.at, []
         paused.reverse()
         for run in self._runs:
             inputs = paused.pop().inputs
             outputs = [
-                F.linear(inputs, weight, None if biases is None else biases[i])
-                for i, weight in enumerate(weights)
+                F.linear(inputs, weight, bias) for weight, bias in zip(weights, biases, strict=True)
             ]
             del inputs
             try:
@@ -239,12 +241,13 @@ def _pattern(setting: SparsityPattern, sparsity: float | None) -> Pattern:
 def _compressor(step: Prune | Quantize, sparsity: float | None) -> Compress:
     def prune(linear: Linear, target: Tensor, curvature: Curvature | None) -> Compressed | None:
         assert isinstance(step, Prune)
-        setting, own = step.pattern, sparsity
-        for override in step.overrides:
+        setting: SparsityPattern | None = step.pattern
+        own = sparsity
+        for override in step.overrides:  # the last that matches counts
             if fnmatchcase(linear.name, override.layers):
-                if override.pattern is None:
-                    return None
                 setting, own = override.pattern, None
+        if setting is None:
+            return None
         with _named(linear):
             return _prune(step, linear, target, _pattern(setting, own), curvature)
 
@@ -329,20 +332,33 @@ def _round(
 
 
 def _make_grid(weight: Tensor, rounding: Rounding, method: str, curvature: Curvature | None) -> Grid:
-    columns = weight.shape[1]
+    columns, bits = weight.shape[1], rounding.bits
+    integer = _zero_point(rounding, method) == "integer"
     if rounding.per == "tensor":
-        plain = absmax_grid if rounding.symmetric else zero_point_grid
-        whole = plain(weight.reshape(1, -1), rounding.bits, weight.numel())
+        flat, size = weight.reshape(1, -1), weight.numel()
+        whole = (
+            absmax_grid(flat, bits, size)
+            if rounding.symmetric
+            else zero_point_grid(flat, bits, size, integer=integer)
+        )
         shape = (weight.shape[0], 1)
         zero = None if whole.zero_point is None else whole.zero_point.expand(shape).contiguous()
-        return Grid(rounding.bits, columns, whole.scale.expand(shape).contiguous(), zero)
+        return Grid(bits, columns, whole.scale.expand(shape).contiguous(), zero)
     group = columns if rounding.group is None else rounding.group
     if method == "absmax":
-        return absmax_grid(weight, rounding.bits, group)
+        return absmax_grid(weight, bits, group)
     if method == "zeropoint" or (method == "rtn" and not rounding.symmetric):
-        return zero_point_grid(weight, rounding.bits, group)
+        return zero_point_grid(weight, bits, group, integer=integer)
     importance = None if curvature is None else curvature.hessian.diagonal()
-    return searched_grid(weight, rounding.bits, group, symmetric=rounding.symmetric, importance=importance)
+    return searched_grid(
+        weight, bits, group, symmetric=rounding.symmetric, integer=integer, importance=importance
+    )
+
+
+def _zero_point(rounding: Rounding, method: str) -> Literal["integer", "float16"] | None:
+    if rounding.symmetric:
+        return None
+    return rounding.zero_point or ("integer" if method == "zeropoint" else "float16")
 
 
 def _record(
@@ -380,6 +396,7 @@ def _record(
         bits=grid.bits if grid else 16,
         group=grid.group if grid else None,
         symmetric=grid.symmetric if grid else None,
+        zero_point=_zero_point(rounding, method) if rounding else grid.zero_point if grid else None,
         method="+".join(filter(None, [before.method if before else None, method])),
         error=error,
     )
@@ -395,5 +412,6 @@ def _outer_grid(step: Prune | Quantize, checkpoint: Checkpoint, name: str) -> Ro
 def _grid_tensors(module: str, grid: Grid) -> dict[str, Tensor]:
     tensors = {f"{module}.scale": grid.scale.float().cpu()}
     if grid.zero_point is not None:
-        tensors[f"{module}.zero_point"] = grid.zero_point.to(torch.int32).cpu()
+        integer = bool((grid.zero_point == grid.zero_point.round()).all())
+        tensors[f"{module}.zero_point"] = grid.zero_point.to(torch.int32 if integer else torch.float32).cpu()
     return tensors

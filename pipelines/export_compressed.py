@@ -106,6 +106,11 @@ def _grid(record: Layer, grids: Mapping[str, Tensor]) -> Grid:
             raise FormatError(
                 f"{GRID} does not fit its layer: {name}", saw=str(shape), expected=f"{(record.rows, groups)}"
             )
+    if record.zero_point == "float16":
+        raise FormatError(
+            f"{record.name} has a zero point that is no integer, which compressed-tensors cannot hold",
+            try_="quantize it with `zero_point: integer` or `symmetric: true`",
+        )
     zero_point = None if record.symmetric else grids[names[1]].float()
     grid = Grid(int(record.bits), record.columns // groups, grids[names[0]].float(), zero_point)
     if zero_point is not None and not ((zero_point >= grid.lowest) & (zero_point <= grid.highest)).all():

@@ -118,8 +118,10 @@ _BY_ARCHITECTURE["MPTForCausalLM"] = FAMILIES["mpt"]  # what MosaicML's own chec
 
 def family_of(config: Mapping[str, Any]) -> Family:
     """The family of a parsed `config.json`. Raises SourceError for an architecture not in the table."""
-    names = config.get("architectures") or [f"model_type {config.get('model_type')!r}"]
-    for name in names:
+    names = config.get("architectures")
+    if not isinstance(names, list) or not names:
+        names = [f"of model_type {config.get('model_type')!r}"]
+    for name in map(str, names):
         if name in _BY_ARCHITECTURE:
             return _BY_ARCHITECTURE[name]
     raise SourceError(

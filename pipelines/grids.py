@@ -2,7 +2,8 @@
 
 Weights are (rows, columns) and are seen as (rows, groups, group): consecutive columns of a row that
 share a scale. Symmetric grids have no zero point and q in [-2^(bits-1), 2^(bits-1) - 1]; asymmetric ones
-q in [0, 2^bits - 1] and an integer zero point inside, so 0.0 is always on the grid.
+q in [0, 2^bits - 1] and either an integer zero point inside, so that 0.0 is on the grid, or one that makes
+the minimum a float16, as in GGUF's Q4_1.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ SHRINK = tuple(1.0 - 0.02 * step for step in range(26))  # candidates of the sca
 
 @dataclass(frozen=True)
 class Grid:
-    """scale (rows, groups) float32; zero_point (rows, groups) float32 of integers, None if symmetric."""
+    """scale and zero_point (rows, groups) float32; zero_point is None if symmetric."""
 
     bits: int
     group: int  # columns
@@ -71,9 +72,8 @@ class Grid:
 
 def storable(scale: Tensor) -> Tensor:
     """The scale as files keep it: rounded to float16, never 0."""
-    tiny = torch.finfo(torch.float16).smallest_normal
     rounded = scale.to(torch.float16).float()
-    return torch.where(rounded.abs() < tiny, torch.full_like(rounded, tiny), rounded)
+    return torch.where(rounded == 0, torch.full_like(rounded, 2.0**-24), rounded)  # float16's smallest
 
 
 def absmax_grid(weight: Tensor, bits: int, group: int) -> Grid:
@@ -82,24 +82,33 @@ def absmax_grid(weight: Tensor, bits: int, group: int) -> Grid:
     return Grid(bits, group, storable(groups.abs().amax(dim=2) / (2 ** (bits - 1) - 1)), None)
 
 
-def zero_point_grid(weight: Tensor, bits: int, group: int) -> Grid:
-    """Asymmetric over [min(x, 0), max(x, 0)] with an integer zero point."""
+def zero_point_grid(weight: Tensor, bits: int, group: int, *, integer: bool = True) -> Grid:
+    """Asymmetric from min(x) to max(x); with an integer zero point, over a range that includes 0."""
     groups = grouped(weight, group)
-    return _between(groups.amin(dim=2), groups.amax(dim=2), bits, group)
+    return _between(groups.amin(dim=2), groups.amax(dim=2), bits, group, integer)
 
 
-def _between(low: Tensor, high: Tensor, bits: int, group: int) -> Grid:
-    low, high = low.clamp(max=0.0), high.clamp(min=0.0)
+def _between(low: Tensor, high: Tensor, bits: int, group: int, integer: bool) -> Grid:
+    if integer:
+        low, high = low.clamp(max=0.0), high.clamp(min=0.0)
+        scale = storable((high - low) / (2**bits - 1))
+        return Grid(bits, group, scale, (-low / scale).round_().clamp_(0, 2**bits - 1))
     scale = storable((high - low) / (2**bits - 1))
-    return Grid(bits, group, scale, (-low / scale).round_().clamp_(0, 2**bits - 1))
+    return Grid(bits, group, scale, -low.to(torch.float16).float() / scale)
 
 
 def searched_grid(
-    weight: Tensor, bits: int, group: int, *, symmetric: bool, importance: Tensor | None = None
+    weight: Tensor,
+    bits: int,
+    group: int,
+    *,
+    symmetric: bool,
+    integer: bool = True,
+    importance: Tensor | None = None,
 ) -> Grid:
     """The grid with the least weighted rounding error among shrunken ranges.
 
-    importance (columns,) weighs the squared error of each column, as the diagonal of the Hessian does; None:
+    `integer` is the kind of zero point, if asymmetric. importance (columns,) weighs the squared error of each column, as the diagonal of the Hessian does; None:
     all alike. A symmetric grid may have a negative scale, so that the side
     with the larger weight gets the extra level -2^(bits-1).
     """
@@ -115,7 +124,7 @@ def searched_grid(
             candidates.append(Grid(bits, group, storable(peak * (shrink / half)) * side, None))
             candidates.append(Grid(bits, group, storable(peak * (shrink / (half - 1))), None))
     else:
-        candidates += [_between(low * shrink, high * shrink, bits, group) for shrink in SHRINK]
+        candidates += [_between(low * shrink, high * shrink, bits, group, integer) for shrink in SHRINK]
     best = candidates[0]
     least: Tensor | None = None
     for grid in candidates:

@@ -84,15 +84,18 @@ def _sliding_mask(length: int, window: int | None, device: torch.device) -> Tens
 
 def _mpt(config: Any, length: int, device: torch.device) -> LayerForward:
     attention = config.attn_config
-    if not attention.alibi or attention.qk_ln or attention.prefix_lm:
+    # transformers computes every MPT with a bias of at most 8, whatever its configuration says.
+    plain = attention.alibi and attention.alibi_bias_max == 8 and not attention.qk_ln
+    if not plain or attention.prefix_lm:
         raise SourceError(
             "this MPT variant is not supported",
-            saw=f"alibi={attention.alibi}, qk_ln={attention.qk_ln}, prefix_lm={attention.prefix_lm}",
-            expected="causal attention with ALiBi and no query/key norm",
+            saw=f"alibi={attention.alibi}, alibi_bias_max={attention.alibi_bias_max}, "
+            f"qk_ln={attention.qk_ln}, prefix_lm={attention.prefix_lm}",
+            expected="causal attention with ALiBi up to 8 and no query/key norm",
         )
     heads, width = config.n_heads, config.d_model
     scale = attention.softmax_scale or 1 / math.sqrt(width // heads)
-    bias = _alibi(heads, length, attention.alibi_bias_max, device)
+    bias = _alibi(heads, length, device)
     epsilon = config.layer_norm_epsilon
 
     def forward(x: Tensor, w: Mapping[str, Tensor]) -> LayerRun:
@@ -114,14 +117,14 @@ def _mpt(config: Any, length: int, device: torch.device) -> LayerForward:
     return forward
 
 
-def _alibi(heads: int, length: int, bias_max: float, device: torch.device) -> Tensor:
+def _alibi(heads: int, length: int, device: torch.device) -> Tensor:
     """(heads, length, length) additive causal bias, slope * (key - query).
 
     Source: ALiBi, arXiv:2108.12409; for a number of heads that is no power of two, as MPT does: the
     slopes of the next power of two, every second one first.
     """
     power = 2 ** math.ceil(math.log2(heads))
-    slopes = 2.0 ** -(torch.arange(1, power + 1, device=device) * bias_max / power)
+    slopes = 2.0 ** -(torch.arange(1, power + 1, device=device) * 8 / power)
     if power != heads:
         slopes = torch.cat([slopes[1::2], slopes[::2]])[:heads]
     position = torch.arange(length, device=device)

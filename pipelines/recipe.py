@@ -91,6 +91,17 @@ class Rounding(Part):
     per: Literal["tensor", "channel", "group"] = "group"
     group: int | None = Field(64, ge=8, description="columns that share a scale, for per: group")
     symmetric: bool = True
+    zero_point: Literal["integer", "float16"] | None = Field(
+        None,
+        description="of an asymmetric grid: an integer, so that 0 is on the grid and compressed-tensors can "
+        "hold it, or a float16 minimum, as in GGUF's Q4_1; null: integer for zeropoint, else float16",
+    )
+
+    @model_validator(mode="after")
+    def _zero_point_if_asymmetric(self) -> Rounding:
+        if self.symmetric and self.zero_point is not None:
+            raise ValueError("a symmetric grid has no `zero_point`")
+        return self
 
     @model_validator(mode="after")
     def _group_goes_with_group(self) -> Rounding:
@@ -156,6 +167,8 @@ class Quantize(Part):
             raise ValueError("absmax is symmetric: say `symmetric: true`, or take zeropoint")
         if self.method == "zeropoint" and self.grid.symmetric:
             raise ValueError("zeropoint is asymmetric: say `symmetric: false`, or take absmax")
+        if self.method == "zeropoint" and self.grid.zero_point == "float16":
+            raise ValueError("zeropoint has integer zero points: take rtn for float16 ones")
         if self.method != "gptq" and self.correction:
             raise ValueError("`correction` needs method gptq")
         return self
@@ -214,6 +227,13 @@ class VerifyWith(Part):
     threads: int | None = Field(None, ge=1, description="of the runner; null: one per core")
 
 
+def _packs(step: Prune | Quantize) -> bool:
+    """Whether compressed-tensors can hold the grid of this step."""
+    grid = step.grid if isinstance(step, Quantize) else step.quantize
+    integer = isinstance(step, Quantize) and step.method == "zeropoint"
+    return grid is None or grid.symmetric or integer or grid.zero_point == "integer"
+
+
 class Recipe(Part):
     name: EntryId = Field(description="id of the entry: a valid Hub repository name in lower case")
     base: str = Field(description="hub:org/name@revision, pypi:package, a model folder, or a .gguf file")
@@ -229,6 +249,8 @@ class Recipe(Part):
         quantizes = any(isinstance(step, Quantize) or step.quantize is not None for step in self.steps)
         if packs and not quantizes:
             raise ValueError("the export compressed-tensors needs a step that quantizes")
+        if packs and not all(map(_packs, self.steps)):
+            raise ValueError("the export compressed-tensors needs `symmetric: true` or `zero_point: integer`")
         return self
 
     def to_yaml(self) -> str:

@@ -12,43 +12,58 @@ import platform
 import shutil
 import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from fnmatch import fnmatchcase
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 
 import cards
 from pipelines import (
-    allocate,
     calibrate,
     checkpoint,
     compress,
     evaluate,
     export_compressed,
     export_gguf,
-    families,
-    gguf_tokenizer,
-    grids,
-    harness,
-    layers,
     masks,
-    solve,
     sources,
     text,
     verify,
 )
-from pipelines.recipe import CompressedTensors, Evaluation, Gguf, Passage, Recipe, Safetensors
+from pipelines.families import Family
+from pipelines.recipe import (
+    CompressedTensors,
+    Evaluation,
+    Gguf,
+    Passage,
+    Prune,
+    Quantize,
+    Recipe,
+    Rounding,
+    Safetensors,
+    SparsityPattern,
+)
 from zoo import __version__
 from zoo.analyze import analyze
-from zoo.entry import Artifact, Benchmark, Entry, Layer, Measurement, Stage, Status, Verification
-from zoo.errors import RecipeError
-from zoo.files import Store, file_table, sha256_bytes, sha256_file, sha256_json, write_json
+from zoo.entry import Artifact, Benchmark, Entry, Measurement, Stage, Status, Verification
+from zoo.errors import PatternError, RecipeError
+from zoo.files import (
+    Store,
+    file_table,
+    sha256_bytes,
+    sha256_file,
+    sha256_json,
+    sha256_tree,
+    told_plainly,
+    write_json,
+)
+from zoo.formats import check_safetensors
 from zoo.machine import this_machine
 from zoo.progress import say
 from zoo.registry.registry import Registry
@@ -57,10 +72,11 @@ LIBRARIES = (
     "torch", "transformers", "tokenizers", "safetensors", "numpy", "lm-eval", "datasets", "gguf",
     "llama-cpp-python", "compressed-tensors",
 )  # fmt: skip
-# The code that decides a stage's result.
-SOLVER_CODE = (compress, solve, masks, grids, layers, allocate, checkpoint, families)
-EVALUATION_CODE = (evaluate, harness, text)
-EXPORT_CODE = (export_gguf, gguf_tokenizer, export_compressed, checkpoint, grids, families)
+# The modules that decide a stage's result. They are hashed, which needs no import (of lm-eval: seconds).
+SOLVER_CODE = ("compress", "solve", "masks", "grids", "layers", "allocate", "checkpoint", "families")
+EVALUATION_CODE = ("evaluate", "harness", "text")
+TASKS = Path(__file__).parent / "tasks"
+EXPORT_CODE = ("export_gguf", "gguf_tokenizer", "export_compressed", "checkpoint", "grids", "families")
 
 
 @dataclass
@@ -136,13 +152,65 @@ def settle(recipe: Recipe) -> None:
 def _run(recipe: Recipe, recipe_yaml: str, recipe_sha256: str, run_: Run) -> Entry:
     base = sources.resolve(recipe.base, run_.store)
     say(f"base model {recipe.base}: {base.family.name}, revision {base.revision}")
+    _check_groups(recipe, base)
+    _check_texts(recipe.evaluation)
     model = _compressed(recipe, base, run_)
     measurements = _measured(recipe.evaluation, base, model, run_)
     exports = _exported(recipe, base, model, run_)
     verifications, benchmarks = _verified(recipe, model[0], exports, run_)
     return _entry(
-        recipe, recipe_yaml, recipe_sha256, base, exports, measurements, verifications, benchmarks, run_
+        recipe,
+        recipe_yaml,
+        recipe_sha256,
+        base,
+        model[0],
+        exports,
+        measurements,
+        verifications,
+        benchmarks,
+        run_,
     )
+
+
+def _check_groups(recipe: Recipe, base: sources.Base) -> None:
+    """Raise PatternError for a group that does not divide its layer: the solver would, after hours."""
+    tensors = [tensor for shard in base.folder.glob("*.safetensors") for tensor in check_safetensors(shard)]
+    widths = {tensor.name.removesuffix(".weight"): tensor.shape[-1] for tensor in tensors if tensor.shape}
+    for number, step in enumerate(recipe.steps, 1):
+        for layer, width in sorted(widths.items()):
+            for what, cut in _cuts(step, layer, base.family):
+                if cut is None or cut.group is None:
+                    continue
+                try:
+                    masks.check_divides(width, cut.group, what)
+                except PatternError as error:
+                    error.what = f"step {number}, {layer}: {error.what}"
+                    raise
+
+
+def _cuts(
+    step: Prune | Quantize, layer: str, family: Family
+) -> Iterator[tuple[str, SparsityPattern | Rounding | None]]:
+    """What cuts the columns of a layer into groups."""
+    if isinstance(step, Quantize):
+        grid = {family.embeddings: step.embeddings, family.head: step.head}.get(layer)
+        if layer.endswith(family.linears):
+            grid = step.grid
+            for q in step.overrides:
+                grid = q.grid if fnmatchcase(layer, q.layers) else grid
+        yield "quantization", grid
+    elif layer.endswith(family.linears):
+        pattern: SparsityPattern | None = step.pattern
+        for p in step.overrides:
+            pattern = p.pattern if fnmatchcase(layer, p.layers) else pattern
+        yield "sparsity pattern", pattern
+        yield "quantization", step.quantize if pattern else None
+
+
+def _check_texts(setting: Evaluation) -> None:
+    """Raise CalibrationError for a text that is not there: the evaluation would, after hours."""
+    for passage in filter(None, [*setting.perplexity, setting.fidelity]):
+        _revision(passage.text, passage.column)
 
 
 def _compressed(recipe: Recipe, base: sources.Base, run_: Run) -> tuple[Path, str]:
@@ -153,7 +221,11 @@ def _compressed(recipe: Recipe, base: sources.Base, run_: Run) -> tuple[Path, st
         setting = recipe.calibration
         text_revision = None if setting.source == "self" else _revision(setting.source, setting.column)
         windows_key = _key(
-            "calibrate", setting.model_dump(), base.sha256, text_revision, code=(calibrate, *EVALUATION_CODE)
+            "calibrate",
+            setting.model_dump(),
+            base.sha256,
+            text_revision,
+            code=("calibrate", *EVALUATION_CODE),
         )
         folder = run_.stage(
             "calibrate", windows_key, lambda out: calibrate.calibrate(setting, base.folder, out)
@@ -190,6 +262,7 @@ def _measured(
         ("entry", folder, key),
     )
     data = None if setting.data is None else text.expand(setting.data)
+    our_tasks = sha256_tree(TASKS)
     for subject, where, subject_key in subjects:
         for passage in setting.perplexity:
             found += _stage_of_measurements(
@@ -202,7 +275,7 @@ def _measured(
             found += _stage_of_measurements(
                 run_,
                 f"{', '.join(names)} of the {subject}",
-                ["tasks", subject, subject_key, names, few_shot, limit, str(data or "")],
+                ["tasks", subject, subject_key, names, few_shot, limit, str(data or ""), our_tasks],
                 partial(
                     evaluate.lm_eval_tasks,
                     where,
@@ -294,6 +367,21 @@ def _link_or_copy(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
+class _NotVerified(Exception):
+    """Takes what was found past the store: a failed check is done again, as the machine may have failed."""
+
+    def __init__(self, verifications: list[Verification], benchmarks: list[Benchmark]) -> None:
+        super().__init__(_failure(verifications))
+        self.verifications = verifications
+        self.benchmarks = benchmarks
+
+
+def _failure(verifications: list[Verification]) -> str | None:
+    if not verifications:
+        return "nothing was verified: the recipe exports no file that a runner reads"
+    return "; ".join(f"{v.artifact}: {v.reason}" for v in verifications if not v.passed) or None
+
+
 def _verified(
     recipe: Recipe, model: Path, exports: Path, run_: Run
 ) -> tuple[list[Verification], list[Benchmark]]:
@@ -301,6 +389,8 @@ def _verified(
 
     def check(out: Path) -> None:
         verifications, benchmarks = verify.verify_all(model, exports, threads=threads)
+        if not all(v.passed for v in verifications):
+            raise _NotVerified(verifications, benchmarks)
         write_json(
             out / "verified.json",
             {
@@ -309,8 +399,11 @@ def _verified(
             },
         )
 
-    key = _key("verify", exports.name, threads, this_machine().fingerprint, code=(verify,))
-    found = json.loads((run_.stage("verify", key, check) / "verified.json").read_text())
+    key = _key("verify", exports.name, threads, this_machine().fingerprint, code=("verify",))
+    try:
+        found = json.loads((run_.stage("verify", key, check) / "verified.json").read_text())
+    except _NotVerified as failed:
+        return failed.verifications, failed.benchmarks
     return (
         [Verification.model_validate(v) for v in found["verifications"]],
         [Benchmark.model_validate(b) for b in found["benchmarks"]],
@@ -322,23 +415,20 @@ def _entry(
     recipe_yaml: str,
     recipe_sha256: str,
     base: sources.Base,
+    model: Path,
     exports: Path,
     measurements: list[Measurement],
     verifications: list[Verification],
     benchmarks: list[Benchmark],
     run_: Run,
 ) -> Entry:
-    failures = [f"{v.artifact}: {v.reason}" for v in verifications if not v.passed]
-    if not verifications:
-        failures = ["nothing was verified: the recipe exports no file that a runner reads"]
-    status: Status = "failed" if failures else "verified"
-    analysis = analyze(exports if (exports / "config.json").is_file() else next(exports.glob("*.gguf")))
-    records = exports / checkpoint.COMPRESSION
-    layers_ = json.loads(records.read_text())["layers"] if records.is_file() else []
+    failure = _failure(verifications)
+    status: Status = "failed" if failure else "verified"
+    analysis = analyze(model)
     entry = Entry(
         id=recipe.name,
         status=status,
-        failure="; ".join(failures) or None,
+        failure=failure,
         family=base.family.name,
         base_model=recipe.base,
         base_repository=base.repository,
@@ -353,7 +443,7 @@ def _entry(
         bits_per_weight=analysis.smallest_bits_per_weight,
         compression_ratio=analysis.compression_ratio,
         versions=_versions(),
-        layers=[Layer.model_validate(layer) for layer in layers_],
+        layers=checkpoint.Checkpoint(model).compression(),
         artifacts=_artifacts(exports),
         measurements=measurements,
         benchmarks=benchmarks,
@@ -396,9 +486,10 @@ def _artifacts(exports: Path) -> list[Artifact]:
 def _place(entry: Entry, exports: Path, store: Store) -> None:
     """Put the entry's files, card and record under `entries/<id>` of the store, in one rename."""
     target = store.root / "entries" / entry.id
-    with store.locked(f"entry-{entry.id}"):
-        fresh = target.with_name(f".{entry.id}.{os.getpid()}")
-        shutil.rmtree(fresh, ignore_errors=True)
+    with store.locked(f"entry-{entry.id}"), told_plainly(target):
+        fresh, old = (target.with_name(f".{entry.id}.{word}") for word in ("new", "old"))
+        for left in (fresh, old):  # by a run that was killed here
+            shutil.rmtree(left, ignore_errors=True)
         fresh.mkdir(parents=True)
         for path in sorted(p for p in exports.rglob("*") if p.is_file()):
             destination = fresh / path.relative_to(exports)
@@ -406,16 +497,15 @@ def _place(entry: Entry, exports: Path, store: Store) -> None:
             _link_or_copy(path, destination)
         (fresh / "README.md").write_text(cards.render(entry))
         write_json(fresh / "entry.json", entry.model_dump(mode="json"))
-        old = target.with_name(f".{entry.id}.old.{os.getpid()}")
         if target.exists():
             target.rename(old)
         fresh.rename(target)
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _key(*parts: Any, code: Sequence[ModuleType]) -> str:
+def _key(*parts: Any, code: Sequence[str]) -> str:
     """Hash of a stage's settings and inputs, its code, and the libraries."""
-    sources_ = [sha256_file(Path(str(module.__file__))) for module in code]
+    sources_ = [sha256_file(Path(__file__).with_name(f"{module}.py")) for module in code]
     return sha256_json([list(parts), sources_, _versions()])
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cache
 from itertools import combinations
 from typing import Any
 
@@ -102,19 +103,23 @@ def band_starts(keep: int, window: int) -> list[int]:
     return [min(max(round(k * step - (window - step) / 2), 0), 16 - window) for k in range(keep)]
 
 
-def banded_masks(keep: int, window: int) -> list[tuple[int, ...]]:
-    """Every legal choice of columns of a block of 16: the k-th, in column order, lies in window k."""
+@cache
+def banded_masks(keep: int, window: int) -> Mask:
+    """Every legal mask of a block of 16, (masks, 16): the k-th kept column lies in window k."""
     starts = band_starts(keep, window)
-    return [
+    legal = [
         columns
         for columns in combinations(range(16), keep)
         if all(starts[k] <= c < starts[k] + window for k, c in enumerate(columns))
     ]
+    return np.array([[c in columns for c in range(16)] for columns in legal])
 
 
-def best_banded_sum(scores: Array, keep: int, window: int) -> float:
-    """The largest sum of scores over all legal choices in one block of 16."""
-    return max(sum(scores[c] for c in columns) for columns in banded_masks(keep, window))
+def best_banded(scores: Array, keep: int, window: int) -> Mask:
+    """Of all legal masks of one block of 16, one with the largest sum of scores."""
+    masks = banded_masks(keep, window)
+    best: Mask = masks[np.argmax(masks @ scores)]
+    return best
 
 
 def outlier_ratio(scores: list[Array], threshold: float) -> float:
@@ -159,15 +164,11 @@ def eliminate(
     """
     rows, columns = weight.shape
     order = order or list(range(columns))
-    inverses = []
     inverse = np.linalg.inv(hessian)
+    pivot_row, diagonal = np.empty((columns, columns)), np.empty(columns)
     for j in order:
-        inverses.append(inverse)
+        pivot_row[j], diagonal[j] = inverse[j], inverse[j, j]
         inverse = without(inverse, j)
-        inverse[j, :] = inverse[:, j] = 0.0
-    diagonal = np.empty(columns)
-    for step, j in enumerate(order):
-        diagonal[j] = inverses[step][j, j]
 
     moving = weight.copy()
     result = np.empty_like(weight)
@@ -177,8 +178,8 @@ def eliminate(
         for i in range(rows):
             result[i, j] = value(i, j, moving[i, j])
             error = (moving[i, j] - result[i, j]) / diagonal[j]
-            for c in order[step:]:
-                moving[i, c] -= error * inverses[step][j, c]
+            free = order[step + 1 :]
+            moving[i, free] -= error * pivot_row[j, free]
     return result
 
 
@@ -227,12 +228,10 @@ def sparsegpt(
             mask[i, here] = choose_row(scores)
 
     def choose_row(scores: Array) -> Mask:
-        chosen = np.zeros(len(scores), dtype=bool)
         if window is not None:
             assert keep is not None
-            best = max(banded_masks(keep, window), key=lambda picked: sum(scores[c] for c in picked))
-            chosen[list(best)] = True
-            return chosen
+            return best_banded(scores, keep, window)
+        chosen = np.zeros(len(scores), dtype=bool)
         survivors = keep if keep is not None else len(scores) - round((sparsity or 0.0) * len(scores))
         chosen[np.argsort(-scores, kind="stable")[:survivors]] = True
         return chosen
@@ -263,8 +262,8 @@ def corrected(
 ) -> Array:
     """The ridge regression that makes X' W*^T + r' most like X W^T + r, `fraction` of the way from W.
 
-    min ||X W^T + (r - r') - X' W*^T||^2 / tokens + lambda ||W* - W||^2, lambda = damping * mean diag(X'^T X' / tokens).
-    inputs X' and original X (tokens, columns), residual_gap r - r' (tokens, rows).
+    min ||X W^T + (r - r') - X' W*^T||^2 / tokens + lambda ||W* - W||^2 with lambda = damping * mean diag H,
+    H = X'^T X' / tokens; inputs X' and original X (tokens, columns), residual_gap r - r' (tokens, rows).
     """
     tokens, columns = inputs.shape
     target = original @ weight.T + (0.0 if residual_gap is None else residual_gap)

@@ -24,7 +24,7 @@ from zoo.errors import FormatError
 
 MAKE = {"llama": tiny_llama, "mistral": tiny_mistral, "mpt": tiny_mpt}
 INT4_SYMMETRIC = {"bits": 4, "group": 32, "symmetric": True}
-INT4_ASYMMETRIC = {"bits": 4, "group": 64, "symmetric": False}
+INT4_ASYMMETRIC = {"bits": 4, "group": 64, "symmetric": False, "zero_point": "integer"}
 INT8_CHANNEL = {"bits": 8, "per": "channel", "group": None, "symmetric": True}
 IDS = torch.arange(5, 69).reshape(2, 32)
 
@@ -123,7 +123,7 @@ def test_a_layer_has_its_own_grid_or_none(tmp_path: Path) -> None:
 
 
 def test_asymmetric_8_bit_beside_other_grids_is_refused(tmp_path: Path) -> None:
-    zero_points = {"bits": 8, "group": 64, "symmetric": False}
+    zero_points = {"bits": 8, "group": 64, "symmetric": False, "zero_point": "integer"}
     overrides = [{"layers": "*.down_proj", "grid": INT8_CHANNEL}]
     dense = quantized(tiny_llama(tmp_path / "base"), tmp_path / "dense", zero_points, overrides=overrides)
     with pytest.raises(FormatError, match="asymmetric 8-bit grid beside layers with other grids"):
@@ -142,7 +142,7 @@ def test_other_widths_go_into_the_next_wider_integer(bits: int, symmetric: bool,
 
 
 def test_a_grid_per_tensor_is_stored_per_channel(tmp_path: Path) -> None:
-    grid = {"bits": 8, "per": "tensor", "group": None, "symmetric": False}
+    grid = {"bits": 8, "per": "tensor", "group": None, "symmetric": False, "zero_point": "integer"}
     dense = quantized(tiny_mpt(tmp_path / "base"), tmp_path / "dense", grid, method="zeropoint")
     _, config = exported(dense, tmp_path / "packed")
     (group,) = config["quantization_config"]["config_groups"].values()

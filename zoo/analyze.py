@@ -73,7 +73,7 @@ def smallest_bits(layer: Layer) -> float:
         banded         (k / g) (b + log2 window)               if there is a window besides
 
     plus, for quantized weights, one 16-bit scale per group (per row without a group) and, when
-    asymmetric, one zero point of b bits with it. A pattern stores k values in every group even where
+    asymmetric, one zero point with it, of b bits if an integer and of 16 otherwise. A pattern stores k values in every group even where
     some are zero, so its cost does not fall with s as the bitmask's does.
     """
     candidates = [layer.bits, layer.bits * (1 - layer.sparsity) + 1]
@@ -86,7 +86,9 @@ def smallest_bits(layer: Layer) -> float:
                 candidates.append(density * (layer.bits + math.log2(layer.window)))
     grid = 0.0
     if layer.bits < 16:
-        zero_point_bits = 0.0 if layer.symmetric in (True, None) else layer.bits
+        zero_point_bits = 0.0
+        if layer.symmetric is False:
+            zero_point_bits = 16.0 if layer.zero_point == "float16" else layer.bits
         grid = (SCALE_BITS + zero_point_bits) / (layer.group or layer.columns)
     return min(candidates) + grid
 

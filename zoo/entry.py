@@ -67,6 +67,7 @@ class Layer(Record):
     bits: float  # bits per stored weight value
     group: int | None = None  # columns that share a scale; None with bits < 16: per row or tensor
     symmetric: bool | None = None
+    zero_point: Literal["integer", "float16"] | None = None  # how an asymmetric grid keeps it
     method: str | None = None  # sparsegpt, wanda, gptq, sparsegpt+gptq ...
     error: float | None = None  # ||X(W - W')||^2 / ||XW||^2 over the calibration tokens
 

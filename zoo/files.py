@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
@@ -59,20 +60,27 @@ def told_plainly(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            free = shutil.disk_usage(_nearest_existing(path)).free
+        where = Path(error.filename) if isinstance(error.filename, str) else path
+        if where.is_relative_to(path):
+            where = path
+        if error.errno in (errno.ENOSPC, errno.EDQUOT) or _NUMPY_SHORT_WRITE.fullmatch(str(error)):
+            free = shutil.disk_usage(_nearest_existing(where)).free
             raise StoreError(
-                f"no space left to write {path}",
+                f"no space left to write {where}",
                 saw=f"{free / 1e6:.0f} MB free; nothing that was complete is lost",
-                try_="free some space, or name another folder with --store, and run again",
+                try_="free some space, or name a folder elsewhere (the store: --store), and run again",
             ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+        ours = path.is_relative_to(where)  # and not a file that was to be read
+        if ours and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
             raise StoreError(
-                f"cannot write {path}",
+                f"cannot write {where}",
                 saw=os.strerror(error.errno),
-                try_="name a folder you may write to with --store",
+                try_="make it writable, or name another folder (with --store, if it is the store)",
             ) from error
         raise
+
+
+_NUMPY_SHORT_WRITE = re.compile(r"\d+ requested and \d+ written")  # all that it says of a full disk
 
 
 def _nearest_existing(path: Path) -> Path:
@@ -84,7 +92,7 @@ def _nearest_existing(path: Path) -> Path:
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it into place on success, remove it on failure."""
-    with told_plainly(path):
+    with told_plainly(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
         try:
@@ -132,23 +140,35 @@ class Store:
         finally:
             os.close(descriptor)
 
+    def _is_locked(self, key: str) -> bool:
+        try:
+            with (self.root / "locks" / key).open("rb") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except FileNotFoundError:
+            pass
+        return False
+
     @contextmanager
     def writing(self, key: str) -> Iterator[Path]:
         """Yield an empty folder that becomes `key`'s output if the block succeeds.
 
-        Call it inside `locked(key)`. What earlier, killed attempts at this key left is removed.
+        Call it inside `locked(key)`. What killed processes left half-written, of any key, is removed.
         """
         partial = self.root / "partial"
         final = self.path(key)
         with told_plainly(self.root):
             partial.mkdir(parents=True, exist_ok=True)
-            for stale in partial.glob(f"{key}.*"):
-                shutil.rmtree(stale, ignore_errors=True)
+            for stale in partial.iterdir():
+                owner = stale.name.partition(".")[0]
+                if owner == key or not self._is_locked(owner):
+                    shutil.rmtree(stale, ignore_errors=True)
             temporary = partial / f"{key}.{uuid.uuid4().hex}"
             temporary.mkdir()
             try:
                 yield temporary
-                for path in temporary.rglob("*"):
+                for path in (*temporary.rglob("*"), temporary):
                     _fsync(path)
                 final.parent.mkdir(parents=True, exist_ok=True)
                 temporary.replace(final)

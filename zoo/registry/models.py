@@ -122,6 +122,7 @@ class LayerRow(OfEntry, Base):
     bits: Mapped[float]
     group: Mapped[int | None]
     symmetric: Mapped[bool | None]
+    zero_point: Mapped[str | None]
     method: Mapped[str | None]
     error: Mapped[float | None]
 

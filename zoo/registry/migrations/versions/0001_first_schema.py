@@ -107,6 +107,7 @@ def upgrade() -> None:
         sa.Column("bits", sa.Double(), nullable=False),
         sa.Column("group", sa.BigInteger()),
         sa.Column("symmetric", sa.Boolean()),
+        sa.Column("zero_point", sa.Text()),
         sa.Column("method", sa.Text()),
         sa.Column("error", sa.Double()),
         sa.ForeignKeyConstraint(
