@@ -13,7 +13,7 @@ from pipelines.recipe import Calibration
 from pipelines.text import Ids, read_text, token_ids, windows
 from zoo.errors import CalibrationError, NumericsError
 from zoo.files import atomic_file
-from zoo.progress import say
+from zoo.progress import track
 
 FILE = "windows.npy"
 TEMPERATURE = 1.0
@@ -62,17 +62,21 @@ def self_generated(setting: Calibration, base: Path) -> Ids:
     ordinary = torch.tensor([i for i in range(len(tokenizer)) if i not in special])
     generator = torch.Generator().manual_seed(setting.seed)
     first = ordinary[torch.randint(len(ordinary), (setting.windows, 1), generator=generator)]
-    say(f"the base model writes {setting.windows} windows of {setting.length} tokens to calibrate on")
-    written = []
     torch.manual_seed(setting.seed)
-    for batch in torch.split(first, BATCH):
-        written.append(_continued(model, batch.to(model.device), setting.length))
+    batches = torch.split(first, BATCH)
+    written = [_continued(model, batch.to(model.device), setting.length) for batch in batches]
     ids: Ids = torch.cat(written).numpy()
     return ids
 
 
 def _continued(model: Any, start: torch.Tensor, length: int) -> torch.Tensor:
     """Sampled continuations of `start` (batch, 1), as (batch, length)."""
+    progress = track(range(length - 1), f"the base model writes {len(start)} windows to calibrate on")
+
+    def tick(ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
+        next(progress, None)
+        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)  # never stop for this
+
     try:
         ids: torch.Tensor = model.generate(
             start,
@@ -83,6 +87,7 @@ def _continued(model: Any, start: torch.Tensor, length: int) -> torch.Tensor:
             min_new_tokens=length - 1,
             max_new_tokens=length - 1,
             pad_token_id=0,
+            stopping_criteria=[tick],
         )
     except RuntimeError as error:
         if "probability tensor" not in str(error):
@@ -91,4 +96,6 @@ def _continued(model: Any, start: torch.Tensor, length: int) -> torch.Tensor:
             "the base model cannot write: its logits are NaN or infinite",
             try_="check the base model with `zoo analyze`; it overflows where all its weights are finite",
         ) from error
+    finally:
+        progress.close()
     return ids.cpu()

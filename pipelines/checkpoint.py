@@ -90,6 +90,15 @@ class Checkpoint:
     def tied(self) -> bool:
         return f"{self.family.head}.weight" not in self._shard_of
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every tensor, from the files' headers."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        for shard in sorted(set(self._shard_of.values())):
+            with _opened(self.folder / shard) as file:
+                for name in file.keys():  # noqa: SIM118
+                    shapes[name] = tuple(file.get_slice(name).get_shape())
+        return shapes
+
     def tensors(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Copies of the named tensors, in the file's own type. Raises on NaN, infinity or absence."""
         wanted: dict[str, list[str]] = {}

@@ -16,7 +16,7 @@ from torch import Tensor
 from pipelines.allocate import owl_sparsities
 from pipelines.checkpoint import COMPRESSION, GRID, Checkpoint, CheckpointWriter, copy_side_files
 from pipelines.grids import Grid, absmax_grid, searched_grid, zero_point_grid
-from pipelines.layers import LayerForward, LayerRun, Pause, layer_forward
+from pipelines.layers import LayerForward, LayerRun, Pause, check_shapes, layer_forward
 from pipelines.masks import (
     Grouped,
     Pattern,
@@ -70,6 +70,7 @@ def run_step(step: Prune | Quantize, folder: Path, out: Path, windows: Tensor | 
     Hessians, and the activations of the windows, whatever the number of layers.
     """
     checkpoint = Checkpoint(folder)
+    check_shapes(checkpoint.config, checkpoint.shapes())
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     writer = CheckpointWriter(out)
     copy_side_files(folder, out)
@@ -328,6 +329,8 @@ def _round(
         rounded = gptq(target, curvature, grid, mask, activation_order=activation_order)
     else:
         rounded = grid.round(target)
+        if mask is not None:
+            rounded = rounded * mask  # a grid with a float16 minimum does not hold 0
     return Compressed(rounded, grid, _record(linear, rounded, method, curvature, None, rounding))
 
 

@@ -108,9 +108,9 @@ def searched_grid(
 ) -> Grid:
     """The grid with the least weighted rounding error among shrunken ranges.
 
-    `integer` is the kind of zero point, if asymmetric. importance (columns,) weighs the squared error of each column, as the diagonal of the Hessian does; None:
-    all alike. A symmetric grid may have a negative scale, so that the side
-    with the larger weight gets the extra level -2^(bits-1).
+    `integer` is the kind of zero point, if asymmetric. importance (columns,) weighs the squared error of
+    each column, as the diagonal of the Hessian does; None: all alike. A symmetric grid may have a negative
+    scale, so that the side with the larger weight gets the extra level -2^(bits-1).
     """
     groups = grouped(weight, group)
     cost = torch.ones_like(groups[:1]) if importance is None else importance.view(1, -1, groups.shape[2])

@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from pipelines.families import Family
-from zoo.errors import SourceError
+from zoo.errors import FormatError, SourceError
 
 
 class Pause(NamedTuple):
@@ -39,10 +39,33 @@ def layer_forward(
     family: Family, config: Mapping[str, Any], length: int, device: torch.device
 ) -> LayerForward:
     """The decoder layer of a model with this `config.json`, for windows of `length` tokens."""
-    model_config = AutoConfig.for_model(**config)
+    model_config = parsed(config)
     if family.name == "mpt":
         return _mpt(model_config, length, device)
     return _llama(model_config, length, device)
+
+
+def parsed(config: Mapping[str, Any]) -> Any:
+    """transformers' configuration object. Raises FormatError for a `config.json` that it refuses."""
+    try:
+        return AutoConfig.for_model(**config)
+    except Exception as error:  # transformers raises whatever its checks happen to meet
+        raise FormatError(
+            "transformers does not accept the model's config.json", saw=str(error).splitlines()[0]
+        ) from error
+
+
+def check_shapes(config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> None:
+    """Raise FormatError for a tensor whose shape is not what `config.json` gives it."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(parsed(config))
+    for name, tensor in model.state_dict().items():
+        if name in shapes and tuple(shapes[name]) != tuple(tensor.shape):
+            raise FormatError(
+                f"{name} does not fit config.json",
+                saw=f"a tensor of shape {tuple(shapes[name])}",
+                expected=str(tuple(tensor.shape)),
+            )
 
 
 def _llama(config: Any, length: int, device: torch.device) -> LayerForward:

@@ -67,8 +67,8 @@ class Drift:
     def corrected(self, weights: list[Tensor], curvature: Curvature, fraction: float) -> list[Tensor]:
         """Weights that, applied to X', come closest to what the original layer gives for X.
 
-        W* minimises ||X W^T + r - (X' W*^T + r')||^2, ridge-regularised towards W by the damping; `fraction`
-        of the way from W to W* is taken, since all of it fits the calibration text too closely.
+        W* minimises ||X W^T + r - (X' W*^T + r')||^2, ridge-regularised towards W by five times the damping;
+        `fraction` of the way from W to W* is taken, since all of it fits the calibration text too closely.
         Source: the asymmetric calibration of GPTAQ, arXiv:2504.02692, in closed form, and here with the
         residual stream's error too.
         """

@@ -28,7 +28,7 @@ QUIET = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM"
 
 _forking = multiprocessing.get_context("forkserver")
 _forking.set_forkserver_preload(
-    ["tests.process", "pipelines.run", "pipelines.export_compressed", "zoo.cli", "alembic.command"]
+    ["tests.process", "pipelines.run", "pipelines.export_compressed", "zoo.cli", "alembic.command", "sqlite3"]
     + [f"transformers.models.{family}.modeling_{family}" for family in ("llama", "mistral", "mpt")]
 )
 

@@ -37,7 +37,7 @@ class StaticGrid:
 
     def integer(self, row: int, column: int, columns: int, value: float) -> int:
         group = column * self.scale.shape[1] // columns
-        q = round(value / self.scale[row, group]) + round(self.zero[row, group])
+        q = round(value / self.scale[row, group] + self.zero[row, group])
         return min(max(q, self.lowest), self.highest)
 
     def nearest(self, row: int, column: int, columns: int, value: float) -> float:
@@ -81,6 +81,20 @@ def zero_point(weight: Array, bits: int, group: int) -> StaticGrid:
             low, high = min(x.min(), 0.0), max(x.max(), 0.0)
             scale[i, g] = stored((high - low) / highest)
             zero[i, g] = min(max(round(-low / scale[i, g]), 0), highest)
+    return StaticGrid(scale, zero, 0, highest)
+
+
+def minimum(weight: Array, bits: int, group: int) -> StaticGrid:
+    """GGUF's Q4_1, for any number of bits: the range starts at the minimum, which is kept as a float16."""
+    rows, columns = weight.shape
+    highest = 2**bits - 1
+    scale = np.empty((rows, columns // group))
+    zero = np.empty_like(scale)
+    for i in range(rows):
+        for g in range(columns // group):
+            x = weight[i, g * group : (g + 1) * group]
+            scale[i, g] = stored((x.max() - x.min()) / highest)
+            zero[i, g] = -float(np.float16(x.min())) / scale[i, g]
     return StaticGrid(scale, zero, 0, highest)
 
 

@@ -133,7 +133,8 @@ def test_asymmetric_8_bit_beside_other_grids_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("bits", [2, 3, 5, 6, 7])
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_other_widths_go_into_the_next_wider_integer(bits: int, symmetric: bool, tmp_path: Path) -> None:
-    grid = {"bits": bits, "group": 64, "symmetric": symmetric}
+    zero_point = None if symmetric else "integer"
+    grid = {"bits": bits, "group": 64, "symmetric": symmetric, "zero_point": zero_point}
     dense = quantized(tiny_llama(tmp_path / "base", num_hidden_layers=1), tmp_path / "dense", grid)
     _, config = exported(dense, tmp_path / "packed")
     (group,) = config["quantization_config"]["config_groups"].values()

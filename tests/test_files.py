@@ -158,6 +158,12 @@ def test_an_object_exists_when_complete(store: Store) -> None:
     assert everything(store.root) == [f"objects/aa/{KEY}/sub/weights"]
 
 
+def test_an_object_is_for_all_to_read_and_none_to_change(store: Store) -> None:
+    with store.locked(KEY), store.writing(KEY) as out:
+        (out / "weights").touch(mode=0o600)
+    assert (store.path(KEY) / "weights").stat().st_mode & 0o777 == 0o444
+
+
 @pytest.mark.parametrize("failure", [ZeroDivisionError, KeyboardInterrupt, SystemExit])
 def test_a_failure_leaves_nothing(store: Store, failure: type[BaseException]) -> None:
     with pytest.raises(failure), store.locked(KEY), store.writing(KEY) as out:

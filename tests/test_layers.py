@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from pipelines.checkpoint import Checkpoint
-from pipelines.layers import layer_forward
+from pipelines.layers import check_shapes, layer_forward
 from tests.tiny import VOCABULARY, tiny_llama, tiny_mistral, tiny_mpt
-from zoo.errors import SourceError
+from zoo.errors import FormatError, SourceError
 
 CPU = torch.device("cpu")
 LENGTH = 90
@@ -123,3 +123,38 @@ def test_pauses_tell_the_residual_that_an_output_is_added_to(tmp_path: Path) -> 
                 pause = run.send([torch.zeros(2, 12, count) for count in rows])
             except StopIteration as end:
                 assert torch.equal(end.value, x)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model_type": None},
+        {"model_type": "no-such-model"},
+        {"hidden_size": "wide"},
+        {"num_attention_heads": 0},
+        {"rope_parameters": 3},
+    ],
+    ids=str,
+)
+def test_a_configuration_that_transformers_refuses_is_told_plainly(
+    change: dict[str, Any], tmp_path: Path
+) -> None:
+    checkpoint = Checkpoint(tiny_llama(tmp_path))
+    config = checkpoint.config | change
+    if config["model_type"] is None:
+        del config["model_type"]
+    with pytest.raises(FormatError, match=r"config\.json"):
+        check_shapes(config, checkpoint.shapes())
+
+
+def test_shapes_are_those_of_the_configuration(tmp_path: Path) -> None:
+    for number, (make, changes) in enumerate(VARIANTS.values()):
+        checkpoint = Checkpoint(make(tmp_path / str(number), **changes))
+        shapes = checkpoint.shapes()
+        check_shapes(checkpoint.config, shapes)
+        assert shapes.keys() == set(checkpoint.names)
+        name = next(n for n in shapes if n.endswith("norm_1.weight") or n.endswith("k_proj.weight"))
+        with pytest.raises(FormatError, match=name.replace(".", r"\.")) as caught:
+            check_shapes(checkpoint.config, shapes | {name: (3, 5)})
+        assert caught.value.saw == "a tensor of shape (3, 5)"
+        assert caught.value.expected == str(shapes[name])

@@ -475,7 +475,7 @@ def test_few_exports(llama: Path, tmp_path: Path, exports: list[dict[str, str]])
     ("calibration", "stage", "reason"),
     [
         ("self", "calibrate", "its logits are NaN or infinite"),
-        ("builtin:prose", "1. prune (admm)", "NaN or infinit"),
+        ("builtin:prose", "1. prune (admm)", "not finite"),
     ],
 )
 def test_a_failing_stage_is_recorded_with_its_reason(

@@ -60,7 +60,8 @@ def told_plainly(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        where = Path(error.filename) if isinstance(error.filename, str) else path
+        named = error.filename2 or error.filename  # of a copy or a rename, what was to be written
+        where = Path(named) if isinstance(named, str | os.PathLike) else path
         if where.is_relative_to(path):
             where = path
         if error.errno in (errno.ENOSPC, errno.EDQUOT) or _NUMPY_SHORT_WRITE.fullmatch(str(error)):
@@ -169,6 +170,8 @@ class Store:
             try:
                 yield temporary
                 for path in (*temporary.rglob("*"), temporary):
+                    if path.is_file():  # safetensors makes files private; and a finished output never changes
+                        path.chmod(0o444)
                     _fsync(path)
                 final.parent.mkdir(parents=True, exist_ok=True)
                 temporary.replace(final)
