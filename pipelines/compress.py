@@ -208,9 +208,7 @@ class Lockstep:
         paused.reverse()
         for run in self._runs:
             inputs = paused.pop().inputs
-            outputs = [
-                F.linear(inputs, weight, bias) for weight, bias in zip(weights, biases, strict=True)
-            ]
+            outputs = [F.linear(inputs, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
             del inputs
             try:
                 self.at.append(run.send(outputs))

@@ -32,6 +32,7 @@ RECIPE: dict[str, Any] = {
     "steps": [{"kind": "prune", "method": "wanda", "pattern": {"keep": 2, "group": 4}}],
     "evaluation": {"perplexity": [{"windows": 2, "length": 32}], "fidelity": None, "tasks": []},
     "exports": [{"kind": "safetensors"}],
+    "verification": {"threads": 1},
 }
 
 

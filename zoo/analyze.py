@@ -73,8 +73,9 @@ def smallest_bits(layer: Layer) -> float:
         banded         (k / g) (b + log2 window)               if there is a window besides
 
     plus, for quantized weights, one 16-bit scale per group (per row without a group) and, when
-    asymmetric, one zero point with it, of b bits if an integer and of 16 otherwise. A pattern stores k values in every group even where
-    some are zero, so its cost does not fall with s as the bitmask's does.
+    asymmetric, one zero point with it, of b bits if an integer and of 16 otherwise. A pattern stores
+    k values in every group even where some are zero, so its cost does not fall with s as the
+    bitmask's does.
     """
     candidates = [layer.bits, layer.bits * (1 - layer.sparsity) + 1]
     if layer.pattern is not None and (found := re.fullmatch(r"(\d+):(\d+)", layer.pattern)):

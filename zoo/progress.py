@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Generator, Iterable, Sized
 from typing import TypeVar
 
 from rich.console import Console
@@ -27,7 +27,7 @@ def say(message: str) -> None:
     console.print(message, markup=False)
 
 
-def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
+def track(items: Iterable[T], description: str, total: int | None = None) -> Generator[T, None, None]:
     """Iterate with a bar and the time left on a terminal; elsewhere a line every 15 seconds."""
     if total is None and isinstance(items, Sized):
         total = len(items)
