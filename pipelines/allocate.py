@@ -57,6 +57,7 @@ def owl_sparsities(
             for name in names
         ]
         ratios.append(outlier_ratio(scores, setting.threshold))
+        del weights, scores  # before the next layer is read
     return dict(enumerate(spread_around(mean, ratios, setting.spread)))
 
 
@@ -78,4 +79,4 @@ def spread_around(mean: float, ratios: Sequence[float], spread: float) -> list[f
     centre = sum(ratios) / len(ratios)
     furthest = max(abs(ratio - centre) for ratio in ratios)
     spread = min(spread, mean, max(0.99 - mean, 0.0))
-    return [mean - spread * (ratio - centre) / furthest for ratio in ratios]
+    return [max(mean - spread * (ratio - centre) / furthest, 0.0) for ratio in ratios]

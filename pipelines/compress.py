@@ -105,12 +105,10 @@ def run_step(step: Prune | Quantize, folder: Path, out: Path, windows: Tensor | 
                 records[prefix + name] = result.record
                 stored[f"{name}.weight"] = result.weight.to(stored[f"{name}.weight"].dtype)
                 if result.record.bits == 16 or result.grid is not None:
-                    for tensor_name in (f"{prefix}{name}.scale", f"{prefix}{name}.zero_point"):
-                        grids.pop(tensor_name, None)
-                if result.grid is not None:
-                    grids |= _grid_tensors(prefix + name, result.grid)
+                    _replace_grid(grids, prefix + name, result.grid)
             for name, tensor in stored.items():
                 writer.add(prefix + name, tensor)
+            del stored, weights, linears, done, result, tensor  # before the next layer is read
         for name in checkpoint.outer_names():
             tensor = checkpoint.tensors([name])[name]
             grid = _outer_grid(step, checkpoint, name)
@@ -121,8 +119,7 @@ def run_step(step: Prune | Quantize, folder: Path, out: Path, windows: Tensor | 
                     result = _round(outer, outer.weight, grid, "rtn", None)
                 tensor = result.weight.to(tensor.dtype)
                 records[module] = result.record
-                if result.grid is not None:
-                    grids |= _grid_tensors(module, result.grid)
+                _replace_grid(grids, module, result.grid)
             writer.add(name, tensor)
     writer.finish()
     if grids:
@@ -410,9 +407,14 @@ def _outer_grid(step: Prune | Quantize, checkpoint: Checkpoint, name: str) -> Ro
     return {f"{family.embeddings}.weight": step.embeddings, f"{family.head}.weight": step.head}.get(name)
 
 
-def _grid_tensors(module: str, grid: Grid) -> dict[str, Tensor]:
-    tensors = {f"{module}.scale": grid.scale.float().cpu()}
+def _replace_grid(grids: dict[str, Tensor], module: str, grid: Grid | None) -> None:
+    """Put a layer's grid in the place of the one it had before, if it had one."""
+    for name in ("scale", "zero_point"):
+        grids.pop(f"{module}.{name}", None)
+    if grid is None:
+        return
+    grids[f"{module}.scale"] = grid.scale.float().cpu()
     if grid.zero_point is not None:
         integer = bool((grid.zero_point == grid.zero_point.round()).all())
-        tensors[f"{module}.zero_point"] = grid.zero_point.to(torch.int32 if integer else torch.float32).cpu()
-    return tensors
+        kind = torch.int32 if integer else torch.float32
+        grids[f"{module}.zero_point"] = grid.zero_point.to(kind).cpu()

@@ -75,6 +75,7 @@ LIBRARIES = (
 # The modules that decide a stage's result. They are hashed, which needs no import (of lm-eval: seconds).
 SOLVER_CODE = ("compress", "solve", "masks", "grids", "layers", "allocate", "checkpoint", "families")
 EVALUATION_CODE = ("evaluate", "harness", "text")
+CARD = "README.md"  # the entry gets its own; that of the base, if it has one, says other things
 TASKS = Path(__file__).parent / "tasks"
 EXPORT_CODE = ("export_gguf", "gguf_tokenizer", "export_compressed", "checkpoint", "grids", "families")
 
@@ -345,12 +346,13 @@ def _exported(recipe: Recipe, base: sources.Base, model: tuple[Path, str], run_:
         for setting in recipe.exports:
             if isinstance(setting, Safetensors):
                 for path in sorted(folder.iterdir()):
-                    if path.name != checkpoint.GRID:
+                    if path.name not in (checkpoint.GRID, CARD):
                         _link_or_copy(path, out / path.name)
             elif isinstance(setting, CompressedTensors):
                 target = out / "compressed-tensors"
                 target.mkdir()
                 export_compressed.export_compressed_tensors(folder, target)
+                (target / CARD).unlink(missing_ok=True)
             else:
                 export_gguf.export_gguf(folder, out, setting.types, name=recipe.name, license=base.license)
         (out / "recipe.yaml").write_text(recipe.to_yaml())
@@ -495,7 +497,7 @@ def _place(entry: Entry, exports: Path, store: Store) -> None:
             destination = fresh / path.relative_to(exports)
             destination.parent.mkdir(exist_ok=True)
             _link_or_copy(path, destination)
-        (fresh / "README.md").write_text(cards.render(entry))
+        (fresh / CARD).write_text(cards.render(entry))
         write_json(fresh / "entry.json", entry.model_dump(mode="json"))
         if target.exists():
             target.rename(old)

@@ -165,7 +165,7 @@ PATTERNS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 @pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt", "admm"])
-@pytest.mark.parametrize("family", MAKERS)
+@pytest.mark.parametrize("family", ["llama", "mpt"])  # Mistral's layers have Llama's names and shapes
 def test_pruned_weights_are_zero_in_the_file(
     family: str, method: str, pattern: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -325,6 +325,13 @@ def test_a_later_step_never_leaves_a_grid_that_is_not_the_weights_(tmp_path: Pat
         check_on_grid(again, name, weight, 4)
     assert not any(n.endswith("zero_point") for n in load_file(again / "grid.safetensors"))
 
+    eight = {"bits": 8, "group": 32}
+    once = apply(folder, quantize("rtn", embeddings=eight | {"symmetric": False}))
+    twice = apply(once, quantize("absmax", embeddings=eight), out=tmp_path / "twice")
+    embeddings = load_all(twice)["model.embed_tokens.weight"].float()
+    check_on_grid(twice, "model.embed_tokens", embeddings, 8)
+    assert not any(n.endswith("zero_point") for n in load_file(twice / "grid.safetensors"))
+
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_embeddings_and_head_have_their_own_grid(tied: bool, tmp_path: Path) -> None:
@@ -423,6 +430,17 @@ def test_owl_gives_layers_their_own_sparsity_and_keeps_the_mean(method: str, tmp
         {r["sparsity"] for name, r in records(out).items() if f"layers.{index}." in name}
         for index in range(4)
     ]
+    overridden = apply(
+        folder,
+        prune(
+            method,
+            pattern={"sparsity": 0.5},
+            allocation=owl,
+            overrides=[{"layers": "*.v_proj", "pattern": {"sparsity": 0.25}}],
+        ),
+        out=tmp_path / "overridden",
+    )
+    assert {r["sparsity"] for n, r in records(overridden).items() if n.endswith("v_proj")} == {0.25}
     means = [sum(s) / len(s) for s in by_layer]
     assert np.mean(means) == pytest.approx(0.5, abs=5e-3)
     assert all(0.39 <= mean <= 0.61 for mean in means)
@@ -640,9 +658,11 @@ import json, sys
 from pathlib import Path
 import torch
 from pydantic import TypeAdapter
+from pipelines import checkpoint
 from pipelines.compress import run_step
 from pipelines.recipe import Step
 
+checkpoint.SHARD_BYTES = 1 << 28  # or the shard being collected, 2 GiB at most, hides the rest
 step = TypeAdapter(Step).validate_python(json.loads(sys.argv[3]))
 windows = torch.randint(0, 32000, (2, 128), generator=torch.Generator().manual_seed(0))
 run_step(step, Path(sys.argv[1]), Path(sys.argv[2]), windows if step.calibrated else None)
@@ -706,22 +726,25 @@ def seven_billion_wide(folder: Path, layers: int) -> Path:
 
 @pytest.mark.real
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak memory from /proc")
-def test_memory_does_not_grow_with_the_number_of_layers(tmp_path: Path) -> None:
-    peaks: dict[str, dict[int, float]] = {"magnitude": {}, "wanda": {}}
-    for layers in (2, 4):
-        folder = seven_billion_wide(tmp_path / "model", layers)
-        for method, found in peaks.items():
-            out = tmp_path / "out"
-            out.mkdir()
-            settings = json.dumps(prune(method).model_dump(mode="json"))
-            command = [sys.executable, "-c", MEASURED, str(folder), str(out), settings]
-            run = subprocess.run(command, capture_output=True, text=True, timeout=600)
-            assert run.returncode == 0, run.stderr
-            found[layers] = int(run.stdout.split()[-1]) / 2**20
-            assert {r["sparsity"] for r in records(out).values()} == {0.5}
-            shutil.rmtree(out)
+@pytest.mark.parametrize("method, fewer, more", [("magnitude", 2, 4), ("wanda", 1, 2)])
+def test_memory_does_not_grow_with_the_number_of_layers(
+    method: str, fewer: int, more: int, tmp_path: Path
+) -> None:
+    """A layer takes 0.38 GiB in bfloat16, and the solver sees it in float32."""
+    peaks = {}
+    for layers in (fewer, more):
+        folder, out = seven_billion_wide(tmp_path / "model", layers), tmp_path / "out"
+        out.mkdir()
+        settings = json.dumps(prune(method).model_dump(mode="json"))
+        command = [sys.executable, "-c", MEASURED, str(folder), str(out), settings]
+        run = subprocess.run(command, capture_output=True, text=True, timeout=600)
+        assert run.returncode == 0, run.stderr
+        peaks[layers] = int(run.stdout.split()[-1]) / 2**20
+        assert len(records(out)) == 7 * layers
+        assert {r["sparsity"] for r in records(out).values()} == {0.5}
+        shutil.rmtree(out)
         shutil.rmtree(folder)
-    print(peaks)
-    for found in peaks.values():
-        assert found[4] < 6  # GiB
-        assert found[4] < 1.15 * found[2]
+    print(f"{method}: peak memory in GiB by number of layers: {peaks}")
+    assert peaks[more] < 6
+    assert peaks[more] - peaks[fewer] < 0.15 * peaks[fewer]
+    assert peaks[more] - peaks[fewer] < 0.25 * (more - fewer)

@@ -102,7 +102,9 @@ def stages(entry: Entry) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_llama(tmp_path_factory.mktemp("models") / "llama")
+    folder = tiny_llama(tmp_path_factory.mktemp("models") / "llama")
+    (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\nThe card of the base.\n")
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -173,6 +175,10 @@ def check_entry(place: Place, name: str, family: str) -> Entry:
 def test_llama(made: Place) -> None:
     entry = check_entry(made, "tiny-llama", "llama")
     assert stages(entry) == dict.fromkeys(STAGES, "done")
+    assert entry.license == "apache-2.0"
+    assert not any("README" in a.path for a in entry.artifacts)
+    for path in (made.store / "objects").rglob("README.md"):  # a link to it is not written through
+        assert "The card of the base." in path.read_text()
     assert made.ids == ["tiny-llama"]
     (run,) = made.runs
     assert (run.status, run.entry_id, run.failure) == ("done", "tiny-llama", None)

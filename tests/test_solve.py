@@ -80,6 +80,9 @@ def problem(rows: int, columns: int, *, kind: str = "correlated", seed: int = 0)
 
 KINDS = ("correlated", "few tokens", "dead columns", "zero row")
 COLUMNS = (16, 64, 128, 144, 256, 320)
+# Every width with ordinary inputs, and the edges of a span with each of the others.
+CASES = [("correlated", columns) for columns in COLUMNS]
+CASES += [(kind, columns) for kind in KINDS[1:] for columns in (16, 144)]
 
 
 def as_reference(grid: Grid) -> reference.StaticGrid:
@@ -97,8 +100,7 @@ def pattern_of(keywords: dict[str, float]) -> Pattern:
 # --- GPTQ
 
 
-@pytest.mark.parametrize("columns", COLUMNS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind, columns", CASES)
 @pytest.mark.parametrize("activation_order", [True, False])
 def test_gptq_is_column_by_column_elimination(columns: int, kind: str, activation_order: bool) -> None:
     p = problem(3, columns, kind=kind)
@@ -170,8 +172,7 @@ PATTERNS: list[dict[str, float]] = [
 ]
 
 
-@pytest.mark.parametrize("columns", COLUMNS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind, columns", CASES)
 @pytest.mark.parametrize("keywords", PATTERNS, ids=str)
 def test_sparsegpt_is_elimination_with_a_mask_chosen_on_the_way(
     columns: int, kind: str, keywords: dict[str, float]
@@ -250,8 +251,7 @@ def check_pattern(mask: Tensor, pattern: Pattern) -> None:
         assert all(row.tobytes() in legal for row in mask.view(-1, 16).numpy())
 
 
-@pytest.mark.parametrize("columns", [64, 144, 256])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind, columns", CASES)
 @pytest.mark.parametrize("keywords", PATTERNS, ids=str)
 def test_admm_fills_the_pattern_and_beats_sparsegpt(
     columns: int, kind: str, keywords: dict[str, float]
@@ -267,8 +267,7 @@ def test_admm_fills_the_pattern_and_beats_sparsegpt(
     assert errors[0] <= errors[1]
 
 
-@pytest.mark.parametrize("columns", COLUMNS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind, columns", CASES)
 def test_refit_solves_the_normal_equations_of_every_row(columns: int, kind: str) -> None:
     p = problem(6, columns, kind=kind)
     curvature = p.curvature()
