@@ -8,7 +8,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -36,10 +37,20 @@ def recipe() -> Path:
     return ROOT / found[1]
 
 
-def start(command: Sequence[str | Path], folder: Path, log: Path) -> subprocess.Popen[bytes]:
+@contextmanager
+def started(command: Sequence[str | Path], folder: Path, log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """The program in a process group of its own, which ends with the block."""
     zoo = Path(sys.executable).with_name("zoo")
     with log.open("wb") as err, log.with_suffix(".out").open("wb") as out:
-        return subprocess.Popen([zoo, *command], cwd=folder, stdout=out, stderr=err, start_new_session=True)
+        process = subprocess.Popen(
+            [zoo, *command], cwd=folder, stdout=out, stderr=err, start_new_session=True
+        )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 @pytest.mark.real
@@ -48,22 +59,21 @@ def test_the_demo_killed_and_resumed(tmp_path: Path) -> None:
     command = ["run", recipe(), "--store", store, "--registry", registry]
     command += [part for setting in SMALLER for part in ("--set", setting)]
 
-    process = start(command, tmp_path, tmp_path / "killed")
-    deadline = time.monotonic() + PATIENCE_S
-    while not (begun := re.search(r"^1\. .* \.\.\.$", (tmp_path / "killed").read_text(), re.MULTILINE)):
-        assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "killed").read_text()
-        time.sleep(0.05)
-    time.sleep(5)  # into the layers
-    assert process.poll() is None
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    assert begun[0].removesuffix(" ...") + ": " not in (tmp_path / "killed").read_text()
+    killed = tmp_path / "killed"
+    with started(command, tmp_path, killed) as process:
+        deadline = time.monotonic() + PATIENCE_S
+        while not (begun := re.search(r"^1\. .* \.\.\.$", killed.read_text(), re.MULTILINE)):
+            assert process.poll() is None and time.monotonic() < deadline, killed.read_text()
+            time.sleep(0.05)
+        time.sleep(5)  # into the layers
+        assert process.poll() is None
+    assert begun[0].removesuffix(" ...") + ": " not in killed.read_text()
     assert open_registry(str(registry)).entries(include_failed=True) == []
     assert len(list((store / "partial").iterdir())) == 1
     before = {path.name for path in (store / "objects").glob("*/*")}
 
-    process = start(command, tmp_path, tmp_path / "resumed")
-    assert process.wait(PATIENCE_S) == 0, (tmp_path / "resumed").read_text()
+    with started(command, tmp_path, tmp_path / "resumed") as process:
+        assert process.wait(PATIENCE_S) == 0, (tmp_path / "resumed").read_text()
     told = (tmp_path / "resumed").read_text()
     assert "calibrate: done before" in told and "Traceback" not in told
     assert before < {path.name for path in (store / "objects").glob("*/*")}
