@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from pipelines.compress import run_step
 from pipelines.families import FAMILIES
+from pipelines.grids import searched_grid
 from pipelines.recipe import Prune, Quantize, Step
 from tests import reference
 from tests.test_checkpoint import load_all, rewrite, shard
@@ -283,6 +284,18 @@ def test_quantized_weights_lie_on_the_stored_grid(
             scale, _ = grid_of(out, name, weight)
             step = (weight - before[name]).abs() / scale.abs()
             assert step.max() <= (0.51 + 1e-3 * 2**bits if method != "rtn" or not symmetric else 2**bits)
+
+
+def test_gptq_chooses_its_scales_by_what_the_columns_receive(tmp_path: Path) -> None:
+    folder = make("llama", tmp_path / "base", dtype=torch.float32)
+    out = apply(folder, quantize("gptq", 3))
+    name = "model.layers.0.self_attn.q_proj"
+    stored = load_file(out / "grid.safetensors")[f"{name}.scale"]
+    power, weight = inputs_of(folder)[name].square().mean(dim=0), linears(folder)[name]
+    weighted = searched_grid(weight, 3, 32, symmetric=True, importance=power)
+    plain = searched_grid(weight, 3, 32, symmetric=True)
+    assert (stored == weighted.scale).float().mean() > 0.99
+    assert (stored == plain.scale).float().mean() < 0.97
 
 
 @pytest.mark.parametrize("family", MAKERS)
@@ -746,5 +759,4 @@ def test_memory_does_not_grow_with_the_number_of_layers(
         shutil.rmtree(folder)
     print(f"{method}: peak memory in GiB by number of layers: {peaks}")
     assert peaks[more] < 6
-    assert peaks[more] - peaks[fewer] < 0.15 * peaks[fewer]
-    assert peaks[more] - peaks[fewer] < 0.25 * (more - fewer)
+    assert peaks[more] - peaks[fewer] < 0.35  # less than one layer more, of the shard being collected
