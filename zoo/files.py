@@ -166,8 +166,8 @@ class Store:
                 if owner == key or not self._is_locked(owner):
                     shutil.rmtree(stale, ignore_errors=True)
             temporary = partial / f"{key}.{uuid.uuid4().hex}"
-            temporary.mkdir()
             try:
+                temporary.mkdir()
                 yield temporary
                 for path in (*temporary.rglob("*"), temporary):
                     if path.is_file():  # safetensors makes files private; and a finished output never changes
