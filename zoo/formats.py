@@ -270,7 +270,12 @@ def _gguf_tensors(at: _Cursor, claims: list[TensorInfo], start: int, alignment: 
 
 
 def check_safetensors(path: Path) -> list[TensorInfo]:
-    """Check the whole header of a safetensors file and list its tensors, in the order of their data.
+    """The tensors of a safetensors file whose header is sound, in the order of their data."""
+    return check_safetensors_header(path)[0]
+
+
+def check_safetensors_header(path: Path) -> tuple[list[TensorInfo], dict[str, str]]:
+    """Check the whole header of a safetensors file; its tensors, in the order of their data, and its metadata.
 
     Raises FormatError that says what was found where. The header may be 100 MB, as in the
     format's own library; only it is read.
@@ -334,7 +339,7 @@ def check_safetensors(path: Path) -> list[TensorInfo]:
     if end != left - length:
         raise fail("its data is cut short or too long", saw=f"{left - length} bytes", expected=f"{end} bytes")
     start = 8 + length
-    return [TensorInfo(t.name, t.dtype, t.shape, start + t.offset, t.size) for t in tensors]
+    return [TensorInfo(t.name, t.dtype, t.shape, start + t.offset, t.size) for t in tensors], metadata
 
 
 def _safetensors_tensor(path: Path, name: str, entry: Any) -> TensorInfo:
