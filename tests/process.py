@@ -58,6 +58,7 @@ def _main(arguments: tuple[str, ...], out: Path, err: Path, environment: dict[st
     from zoo.cli import main
 
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job has it ignored
     main()
 
 

@@ -268,7 +268,9 @@ def test_ctrl_c(tmp_path: Path) -> None:
     holder = sqlite3.connect(path, isolation_level=None)
     holder.execute("BEGIN EXCLUSIVE")
     program = (
-        "import sys; from zoo import cli, registry\n"
+        "import signal, sys; from zoo import cli, registry\n"
+        # a shell's background job, as a test run may be, has it ignored
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "print('ready', file=sys.stderr, flush=True)\n"
         f"sys.argv = ['zoo', 'registry', 'migrate', '--registry', {str(path)!r}]; cli.main()"
     )
