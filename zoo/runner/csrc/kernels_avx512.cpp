@@ -1,0 +1,330 @@
+// AVX-512 with VNNI, VBMI and VBMI2: 16 rows x 4 bytes to a vector, products by vpdpbusd, masks by vpexpandb.
+//
+// vpdpbusd multiplies unsigned by signed bytes and adds four neighbours in 32 bits. Gathered activations go in
+// unsigned, as a + 128, and 128 * sum(w) is taken off again; dense weights go in unsigned themselves.
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "kernels.h"
+
+namespace zoo {
+namespace avx512 {
+
+struct V {
+    using F = __m512;
+    static constexpr int N = 16;
+    static F zero() { return _mm512_setzero_ps(); }
+    static F set(float x) { return _mm512_set1_ps(x); }
+    static F load(const float *x) { return _mm512_loadu_ps(x); }
+    static F load(const uint16_t *x) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)x)); }
+    static F load(const int8_t *x) {
+        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)x)));
+    }
+    static float one(const uint16_t *x) { return _cvtsh_ss(*x); }
+    static float one(const int8_t *x) { return *x; }
+    static void store(float *to, F x) { _mm512_storeu_ps(to, x); }
+    static F add(F a, F b) { return _mm512_add_ps(a, b); }
+    static F sub(F a, F b) { return _mm512_sub_ps(a, b); }
+    static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+    static F div(F a, F b) { return _mm512_div_ps(a, b); }
+    static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+    static F min(F a, F b) { return _mm512_min_ps(a, b); }
+    static F max(F a, F b) { return _mm512_max_ps(a, b); }
+    static F abs(F a) { return _mm512_abs_ps(a); }
+    static F round(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+    static F scale2(F p, F n) { return _mm512_scalef_ps(p, n); }
+    static float sum(F a) { return _mm512_reduce_add_ps(a); }
+    static float largest(F a) { return _mm512_reduce_max_ps(a); }
+    static float nearest(float x) { return _mm_cvtss_f32(_mm_round_ss(_mm_set_ss(x), _mm_set_ss(x), 8)); }
+    static void to_half(const float *x, uint16_t *to, int n) {
+        int i = 0;
+        for (; i + 16 <= n; i += 16) _mm256_storeu_si256((__m256i *)(to + i), _mm512_cvtps_ph(load(x + i), 0));
+        for (; i < n; ++i) to[i] = _cvtss_sh(x[i], 0);
+    }
+};
+
+#include "ops.inl"
+
+using I = __m512i;
+
+static inline I load(const void *p) { return _mm512_loadu_si512(p); }
+static inline I table(const uint8_t *p) { return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)p)); }
+static inline I field(I v, int shift, int bits) {
+    return _mm512_and_si512(shift ? _mm512_srli_epi16(v, shift) : v, _mm512_set1_epi8(char((1 << bits) - 1)));
+}
+static inline I flip(I v) { return _mm512_xor_si512(v, _mm512_set1_epi8(char(128))); }
+static inline I four(const int8_t *a) {
+    int32_t value;
+    std::memcpy(&value, a, 4);
+    return _mm512_set1_epi32(value);
+}
+
+// As in kernels_avx2.cpp: which 16 of the pair's 32 columns a quad reads through its table.
+template <int K, int OFF>
+struct Gathered {
+    static constexpr int Q = K / 2;
+    static constexpr bool both(int j) { return OFF == 4 && 4 * j < K && 4 * j + 3 >= K; }
+    static constexpr int base(int j) { return 4 * j + 3 < K ? 0 : 4 * j >= K ? 16 : OFF == 4 ? 0 : 8; }
+
+    struct Weights {
+        I index[Q], w[Q], correction;
+    };
+    I add[Q];
+
+    explicit Gathered(const Matrix &m) {
+        for (int j = 0; j < Q; ++j) {
+            uint8_t a[4];
+            for (int i = 0; i < 4; ++i) {
+                const int s = 4 * j + i, block = s / K;
+                a[i] = uint8_t((both(j) ? 0 : block * BLOCK - base(j)) + m.window_starts[s % K]);
+            }
+            int32_t packed;
+            std::memcpy(&packed, a, 4);
+            add[j] = _mm512_set1_epi32(packed);
+        }
+    }
+
+    void finish(Weights &t) const {
+        I sum = _mm512_setzero_si512();
+        for (int j = 0; j < Q; ++j) {
+            t.index[j] = _mm512_add_epi8(t.index[j], add[j]);
+            sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(char(128)), t.w[j]);
+        }
+        t.correction = _mm512_sub_epi32(_mm512_setzero_si512(), sum);
+    }
+
+    I dot(const Weights &t, const Activations &x, size_t e) const {
+        const uint8_t *a = x.biased.data() + e * PAIR;
+        const I tables[3] = {table(a), K % 4 ? table(a + 8) : _mm512_setzero_si512(), table(a + 16)};
+        I sum[2] = {t.correction, _mm512_setzero_si512()};
+        for (int j = 0; j < Q; ++j) {
+            I g;
+            if (both(j)) {  // two weights of the first block, two of the second
+                g = _mm512_shuffle_epi8(tables[0], t.index[j]);
+                g = _mm512_mask_shuffle_epi8(g, 0xcccccccccccccccc, tables[2], t.index[j]);
+            } else {
+                g = _mm512_shuffle_epi8(tables[base(j) / 8], t.index[j]);
+            }
+            sum[j & 1] = _mm512_dpbusd_epi32(sum[j & 1], g, t.w[j]);
+        }
+        return _mm512_add_epi32(sum[0], sum[1]);
+    }
+};
+
+template <int K, int OFF>
+struct Banded : Gathered<K, OFF> {
+    static constexpr int PAIRS = 1;
+    // The weight stays in the upper bits of its byte, 2^OFF times itself.
+    static constexpr float FACTOR = 1.0f / (1 << OFF);
+    const uint8_t *at = nullptr;
+    using Base = Gathered<K, OFF>;
+    using typename Base::Weights;
+
+    explicit Banded(const Matrix &m) : Base(m) {}
+    void row_block(const Matrix &m, int block) { at = m.values + size_t(block) * m.bytes_per_row_block(); }
+    void pair(const Matrix &, int, int) {}
+    void next_chunk() { at += Base::Q * 64; }
+    void read(Weights &t, int) const {
+        const I upper = _mm512_set1_epi8(char(0xff << OFF)), sign = _mm512_set1_epi8(char(128));
+        for (int j = 0; j < Base::Q; ++j) {
+            const I v = load(at + j * 64);
+            t.index[j] = field(v, 0, OFF);
+            t.w[j] = _mm512_ternarylogic_epi32(v, upper, sign, 0x6a);  // (v & upper) ^ sign
+        }
+        this->finish(t);
+    }
+};
+
+template <int K, int WBITS, int OFF>
+struct Planes : Gathered<K, OFF> {
+    using Base = Gathered<K, OFF>;
+    using typename Base::Weights;
+    static constexpr float FACTOR = 1;
+    static constexpr int PER = 8 / OFF;  // quads of offsets in a vector
+    static constexpr int PAIRS = Base::Q % PER == 0 ? 1 : 2 * Base::Q % PER == 0 ? 2 : 4;
+    static constexpr int CHUNK = PAIRS * Base::Q * 8 * (WBITS + OFF);
+    const uint8_t *at = nullptr;
+
+    explicit Planes(const Matrix &m) : Base(m) {}
+    void row_block(const Matrix &m, int block) { at = m.values + size_t(block) * m.bytes_per_row_block(); }
+    void pair(const Matrix &, int, int) {}
+    void next_chunk() { at += CHUNK; }
+    void read(Weights &t, int in_chunk) const {
+        const uint8_t *weights = at + PAIRS * Base::Q * 8 * OFF;
+        for (int j = 0; j < Base::Q; ++j) {
+            const int quad = in_chunk * Base::Q + j;
+            t.index[j] = field(load(at + quad / PER * 64), quad % PER * OFF, OFF);
+            t.w[j] = WBITS == 8 ? flip(load(weights + quad * 64))
+                                : _mm512_sub_epi8(field(load(weights + quad / 2 * 64), quad % 2 * 4, 4),
+                                                  _mm512_set1_epi8(8));
+        }
+        this->finish(t);
+    }
+};
+
+// Weights without a sign, all four columns of a lane stored: activations are broadcast.
+template <class Source>
+struct Unsigned : Source {
+    static constexpr int PAIRS = 1;
+    static constexpr float FACTOR = 1;
+    struct Weights {
+        I w[QUADS];
+    };
+    using Source::Source;
+    void read(Weights &t, int) const {
+        for (int j = 0; j < QUADS; ++j) t.w[j] = this->quad(j);
+    }
+    I dot(const Weights &t, const Activations &x, size_t e) const {
+        const int8_t *a = x.integers.data() + e * PAIR;
+        I sum[2] = {_mm512_set1_epi32(-this->offset * x.sum[e]), _mm512_setzero_si512()};
+        for (int j = 0; j < QUADS; ++j) sum[j & 1] = _mm512_dpbusd_epi32(sum[j & 1], t.w[j], four(a + j * LANE));
+        return _mm512_add_epi32(sum[0], sum[1]);
+    }
+};
+
+template <int BITS>
+struct Dense {
+    const uint8_t *at = nullptr;
+    const int offset;
+
+    explicit Dense(const Matrix &m) : offset(BITS == 8 ? 128 : m.offset()) {}
+    void row_block(const Matrix &m, int block) { at = m.values + size_t(block) * m.bytes_per_row_block(); }
+    void pair(const Matrix &, int, int) {}
+    void next_chunk() { at += 64 * BITS; }
+    I quad(int j) const { return BITS == 8 ? flip(load(at + j * 64)) : field(load(at + j / 2 * 64), j % 2 * 4, 4); }
+};
+
+template <int BITS>
+struct Masked {
+    static constexpr int offset = 1 << (BITS - 1);
+    const uint8_t *stream = nullptr;
+    I quads[QUADS];
+
+    explicit Masked(const Matrix &) {}
+    void row_block(const Matrix &m, int block) { stream = m.values + m.value_starts[block]; }
+    void next_chunk() {}
+    void pair(const Matrix &m, int block, int p) {
+        const uint64_t *mask = m.mask + (size_t(block) * m.pairs + p) * QUADS;
+        alignas(64) uint8_t unpacked[PAIR * ROWS + 64];
+        const uint8_t *v = stream;
+        if constexpr (BITS == 4) {
+            int count = 0;
+            for (int j = 0; j < QUADS; ++j) count += int(_mm_popcnt_u64(mask[j]));
+            for (int i = 0; i < count; i += 64) {
+                const I wide = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)(stream + i / 2)));
+                const I both = _mm512_or_si512(wide, _mm512_slli_epi16(wide, 4));
+                _mm512_store_si512(unpacked + i, _mm512_and_si512(both, _mm512_set1_epi8(15)));
+            }
+            stream += (count + 1) / 2;
+            v = unpacked;
+        }
+        for (int j = 0; j < QUADS; ++j) {
+            if constexpr (BITS == 4) quads[j] = _mm512_mask_expand_epi8(_mm512_set1_epi8(offset), mask[j], load(v));
+            else quads[j] = flip(_mm512_maskz_expand_epi8(mask[j], load(v)));
+            v += _mm_popcnt_u64(mask[j]);
+        }
+        if constexpr (BITS == 8) stream = v;
+    }
+    I quad(int j) const { return quads[j]; }
+};
+
+struct Scales {
+    __m512 scale, minimum;
+    Scales(const Matrix &m, int block, int group, float factor) {
+        const size_t at = (size_t(block) * m.groups + group) * ROWS;
+        scale = _mm512_mul_ps(V::load(m.scales + at), V::set(factor));
+        minimum = m.minima ? V::load(m.minima + at) : V::zero();
+    }
+};
+
+// ONE token keeps its sums in a register; more keep theirs in `out`, which stays in the first-level cache.
+template <class Decoder, bool ONE>
+static void run(const Matrix &m, const Activations &x, int begin, int end, float *out) {
+    Decoder d(m);
+    const bool minima = m.minima != nullptr;
+    for (int block = begin; block < end; ++block, out += x.tokens * ROWS) {
+        __m512 total = V::zero();
+        if (!ONE) std::memset(out, 0, size_t(x.tokens) * ROWS * sizeof(float));
+        d.row_block(m, block);
+        Scales scales(m, block, 0, Decoder::FACTOR);
+        int until = m.pairs_per_group, group = 0;
+        for (int chunk = 0; chunk < m.pairs; chunk += Decoder::PAIRS) {
+#pragma GCC unroll 4
+            for (int i = 0; i < Decoder::PAIRS; ++i) {
+                const int p = chunk + i;
+                if (p == until && group + 1 < m.groups) {
+                    scales = Scales(m, block, ++group, Decoder::FACTOR);
+                    until += m.pairs_per_group;
+                }
+                d.pair(m, block, p);
+                const size_t first = size_t(p) * x.capacity;
+                const int entries = x.tokens + x.extras[p];
+                typename Decoder::Weights w;
+                d.read(w, i);
+                auto add = [&](size_t e, __m512 sum) {
+                    __m512 y = _mm512_mul_ps(_mm512_cvtepi32_ps(d.dot(w, x, e)), scales.scale);
+                    if (minima) y = _mm512_fmadd_ps(_mm512_set1_ps(float(x.sum[e])), scales.minimum, y);
+                    return _mm512_fmadd_ps(y, _mm512_set1_ps(x.scale[e]), sum);
+                };
+                if (ONE) {
+                    total = add(first, total);
+                    if (entries > 1) total = add(first + 1, total);
+                } else {
+                    float *to = out;
+                    for (int t = 0; t < x.tokens; ++t, to += ROWS) V::store(to, add(first + t, V::load(to)));
+                    for (int e = x.tokens; e < entries; ++e) {
+                        to = out + size_t(x.token[first + e]) * ROWS;
+                        V::store(to, add(first + e, V::load(to)));
+                    }
+                }
+            }
+            d.next_chunk();
+        }
+        if (ONE) V::store(out, total);
+    }
+}
+
+template <class Decoder>
+static void run(const Matrix &m, const Activations &x, int begin, int end, float *out) {
+    x.tokens == 1 ? run<Decoder, true>(m, x, begin, end, out) : run<Decoder, false>(m, x, begin, end, out);
+}
+
+template <int K>
+static void run_kept(const Matrix &m, const Activations &x, int begin, int end, float *out) {
+    if (m.kind == Kind::planes) return m.bits == 4 ? run<Planes<K, 4, 2>>(m, x, begin, end, out)
+                                                   : run<Planes<K, 8, 4>>(m, x, begin, end, out);
+    switch (m.offset_bits) {
+        case 2: return run<Banded<K, 2>>(m, x, begin, end, out);
+        case 3: return run<Banded<K, 3>>(m, x, begin, end, out);
+        default: return run<Banded<K, 4>>(m, x, begin, end, out);
+    }
+}
+
+static void multiply(const Matrix &m, const Activations &x, int begin, int end, float *out) {
+    if (m.kind == Kind::dense)
+        return m.bits == 4 ? run<Unsigned<Dense<4>>>(m, x, begin, end, out)
+                           : run<Unsigned<Dense<8>>>(m, x, begin, end, out);
+    if (m.kind == Kind::mask)
+        return m.bits == 4 ? run<Unsigned<Masked<4>>>(m, x, begin, end, out)
+                           : run<Unsigned<Masked<8>>>(m, x, begin, end, out);
+    switch (m.keep) {
+        case 4: return run_kept<4>(m, x, begin, end, out);
+        case 6: return run_kept<6>(m, x, begin, end, out);
+        case 8: return run_kept<8>(m, x, begin, end, out);
+        case 10: return run_kept<10>(m, x, begin, end, out);
+        default: return run_kept<12>(m, x, begin, end, out);
+    }
+}
+
+}  // namespace avx512
+
+const Kernels avx512_kernels = {
+    "avx512",     avx512::multiply, avx512::quantize, avx512::rms_norm, avx512::layer_norm, avx512::gate,
+    avx512::silu, avx512::gelu,     avx512::rotate,   avx512::store,    avx512::attend,
+};
+
+}  // namespace zoo
