@@ -36,7 +36,7 @@ $(READY): pyproject.toml constraints.txt
 	$(PIP) install --quiet --constraint constraints.txt torch==2.13.0 \
 	  && wait $$compiling || { tail -n 20 $(VENV)/llama.log; exit 1; }
 	@$(PIP) install --quiet --constraint constraints.txt --find-links $(VENV)/wheels \
-	  --editable '.[pipelines,app,serve,dev]'
+	  --editable '.[pipelines,app,bench,serve,dev]'
 	@touch $@
 
 clean:

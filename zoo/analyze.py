@@ -1,7 +1,8 @@
 """What is in a model's files: sparsity and bits per weight, tensor by tensor.
 
 Reads any safetensors file or folder (dense, compressed-tensors, or our own model folder with a
-`compression.json`) and any GGUF file. One piece of one tensor is in memory at a time.
+`compression.json`), any GGUF file and the sparse runner's packed file. One piece of one tensor is in
+memory at a time.
 """
 
 from __future__ import annotations
@@ -10,27 +11,30 @@ import json
 import math
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import gguf
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
+from zoo.compressed_tensors import PARTS, compressed_names, open_matrix, stored_bits
 from zoo.entry import Layer, Record
 from zoo.errors import FormatError, UsageError
-from zoo.formats import SAFETENSORS_BITS, TensorInfo, check_gguf, check_safetensors
+from zoo.formats import TensorInfo, check_gguf, check_safetensors, check_safetensors_header, weight_files
 from zoo.progress import track
+from zoo.runner.format import BLOCK, ROWS, Layout, dequantize
+from zoo.runner.packed import FILE, Packed
 
 CHUNK_BYTES = 16 << 20
 SCALE_BITS = 16
-SIDE_FILES = ("grid.safetensors",)  # the scales behind the weights of a model folder, not weights
 _DECODER_LAYER = re.compile(r"(^|\.)(layers|blocks|h|blk)\.\d+\.")
 _FLOATS = {"F16", "BF16", "F32", "F64"}
 _NUMPY = {"F16": "<u2", "BF16": "<u2", "F32": "<u4", "F64": "<u8"}
 
-Format = Literal["safetensors", "compressed-tensors", "gguf"]
+Format = Literal["safetensors", "compressed-tensors", "gguf", "packed"]
 Bytes = NDArray[np.uint8]
 
 
@@ -95,7 +99,7 @@ def smallest_bits(layer: Layer) -> float:
 
 
 def analyze(path: Path) -> Analysis:
-    """Measure a safetensors or GGUF file, or a model folder.
+    """Measure a safetensors, packed or GGUF file, or a model folder.
 
     Raises UsageError for a path that is neither and FormatError for files that are not sound.
     """
@@ -103,6 +107,8 @@ def analyze(path: Path) -> Analysis:
     kind: Format
     if files[0].suffix == ".gguf":
         kind, tensors = "gguf", _analyze_gguf(files[0])
+    elif is_packed(files[0]):
+        kind, tensors = "packed", _analyze_packed(files[0])
     else:
         kind, tensors = _analyze_safetensors(path, files)
     if not tensors:
@@ -136,13 +142,20 @@ def _files(path: Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise UsageError(f"there is no file or folder {path}", try_="check the path")
-    found = sorted(p for p in path.glob("*.safetensors") if p.name not in SIDE_FILES)
+    found = weight_files(path)
+    if not found and (path / FILE).is_file():
+        return [path / FILE]
     if not found and len(found := sorted(path.glob("*.gguf"))) > 1:
         names = ", ".join(p.name for p in found)
         raise UsageError(f"{path} holds several GGUF files", saw=names, try_=f"zoo analyze {found[0]}")
     if not found:
         raise UsageError(f"{path} holds no *.safetensors and no *.gguf", try_="name a model file or folder")
     return found
+
+
+def is_packed(path: Path) -> bool:
+    """Whether a safetensors file is one of the sparse runner's."""
+    return check_safetensors_header(path)[1].get("format") == "zoo-packed"
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
@@ -236,21 +249,19 @@ def _analyze_safetensors(path: Path, files: list[Path]) -> tuple[Format, list[Te
     folder = path if path.is_dir() else path.parent
     layers = _layers(folder) if path.is_dir() else {}
     maps = {file: _map(file) for file in files}
-    packed = {name.removesuffix("_packed") for name in where if name.endswith(".weight_packed")}
-    packed |= {name for name in where if name.endswith(".weight") and where[name][1].dtype == "I8"}
-    if packed:
-        weight_bits = _packed_bits(folder)
+    compressed = compressed_names(where)
+    widths = stored_bits(folder) if compressed else set()
     tensors = []
     for name, (file, tensor) in track(where.items(), f"reading {path.name}"):
         base = name.removesuffix("_packed")
-        if base in packed:
-            tensors.append(_packed_tensor(base, where, maps, weight_bits))
-        elif tensor.dtype in _FLOATS and tensor.size and name.removesuffix("_scale") not in packed:
+        if base in compressed:
+            tensors.append(_compressed_tensor(base, where, widths))
+        elif tensor.dtype in _FLOATS and tensor.size and name.removesuffix("_scale") not in compressed:
             zeros = _zero_floats(maps[file], tensor)
             module = name.rpartition(".")[0]
             layer = layers.get(module) if name.endswith(".weight") else None
             tensors.append(_tensor(name, tensor.shape, tensor.dtype, tensor.size, zeros, layer))
-    return ("compressed-tensors" if packed else "safetensors"), tensors
+    return ("compressed-tensors" if compressed else "safetensors"), tensors
 
 
 def _layers(folder: Path) -> dict[str, Layer]:
@@ -267,92 +278,60 @@ def _layers(folder: Path) -> dict[str, Layer]:
     return {layer.name: layer for layer in layers}
 
 
-def _packed_bits(folder: Path) -> int:
-    """Bits of the packed weights, from `config.json` (compressed-tensors keeps them nowhere else)."""
-    path = folder / "config.json"
-    try:
-        quantization = json.loads(path.read_bytes())["quantization_config"]
-        bits = {group["weights"]["num_bits"] for group in quantization["config_groups"].values()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise FormatError(
-            f"{folder} holds packed weights but no description of them",
-            saw=f"{type(error).__name__}: {error}",
-            expected="quantization_config with config_groups in config.json beside the weights",
-        ) from error
-    if len(bits) != 1 or not (type(found := bits.pop()) is int and 1 <= found <= 8):
-        raise FormatError(f"{path}: weights of several or unknown widths", expected="one num_bits, 1 to 8")
-    return int(found)
-
-
-def _unpack(words: NDArray[np.uint32], bits: int, columns: int) -> NDArray[np.uint8]:
-    """Values of `bits` bits, packed back to back from the least significant bit of each row's words.
-
-    words (rows, ceil(columns * bits / 32)) -> (rows, columns). Source: compressed-tensors, pack_quantized.
-    """
-    flat = np.unpackbits(words.view(np.uint8), axis=1, bitorder="little", count=columns * bits)
-    weights = (1 << np.arange(bits)).astype(np.uint8)
-    values: NDArray[np.uint8] = (flat.reshape(len(words), columns, bits) * weights).sum(-1, dtype=np.uint8)
-    return values
-
-
-def _packed_tensor(
-    name: str, where: dict[str, tuple[Path, TensorInfo]], maps: dict[Path, Bytes], bits: int
+def _compressed_tensor(
+    name: str, where: dict[str, tuple[Path, TensorInfo]], widths: set[int]
 ) -> TensorAnalysis:
-    """One compressed-tensors matrix, packed (`weight_packed`) or one byte per weight (`weight`, int8).
-
-    A weight is exactly zero where its value equals its group's zero point.
-    """
-
-    def fail(saw: str) -> FormatError:
-        return FormatError(f"compressed-tensors layer {name} does not fit together", saw=saw)
-
-    def read(suffix: str) -> NDArray[Any] | None:
-        if (found := where.get(name + suffix)) is None:
-            return None
-        file, tensor = found
-        if tensor.dtype not in ("I8", "I32", "I64"):
-            raise fail(f"{tensor.dtype} in {name}{suffix}")
-        raw = maps[file][tensor.offset : tensor.offset + tensor.size]
-        return np.asarray(raw.view(f"<i{SAFETENSORS_BITS[tensor.dtype] // 8}")).reshape(tensor.shape)
-
-    is_packed = name + "_packed" in where
-    stored = read("_packed" if is_packed else "")
-    shape = read("_shape") if is_packed else None
-    if stored is None or stored.ndim != 2 or (is_packed and (shape is None or shape.size != 2)):
-        raise fail("no matrix of words with a weight_shape")
-    rows, columns = (int(n) for n in (stored.shape if shape is None else shape))
-    if rows != len(stored) or columns < 1 or (is_packed and -(-columns * bits // 32) != stored.shape[1]):
-        raise fail(f"{stored.shape} words for {rows} x {columns} weights of {bits} bits")
-    offset = 2 ** (bits - 1)  # packed values are stored unsigned
-    zero = read("_zero_point")
-    if zero is not None and (zero.ndim != 2 or zero.size == 0 or columns % zero.shape[1]):
-        raise fail(f"zero points of shape {zero.shape}")
-    if zero is not None and is_packed and zero.dtype == np.int32 and len(zero) == -(-rows * bits // 32):
-        words = np.ascontiguousarray(zero.T).view(np.uint32)  # they are packed down the rows
-        zero = _unpack(words, bits, rows).T.astype(np.int16) - offset
-    if zero is not None and len(zero) not in (1, rows):
-        raise fail(f"zero points of shape {zero.shape} for {rows} rows")
-    group_index = read("_g_idx")
+    """One compressed-tensors matrix. A weight is zero where its value equals its group's zero point."""
+    matrix = open_matrix(name, where, widths)
     zeros = 0
-    step = max(CHUNK_BYTES // (16 * columns), 1)
-    for start in range(0, rows, step):
-        part = stored[start : start + step]
-        if is_packed:
-            words = np.ascontiguousarray(part).view(np.uint32)
-            values = _unpack(words, bits, columns).astype(np.int16) - offset
-        else:
-            values = part.astype(np.int16)
-        if zero is None:
-            zeros += int(np.count_nonzero(values == 0))
-            continue
-        own = (zero if len(zero) == 1 else zero[start : start + step]).astype(np.int16)
-        if group_index is not None and group_index.size == columns and group_index.max(initial=-1) >= 0:
-            if group_index.min() < 0 or group_index.max() >= own.shape[1]:
-                raise fail("a group index out of range")
-            own = own[:, group_index]
-        else:
-            own = np.repeat(own, columns // own.shape[1], axis=1)
-        zeros += int(np.count_nonzero(values == own))
-    parts = ("_packed", "", "_scale", "_zero_point", "_g_idx")
-    size = sum(where[name + part][1].size for part in parts if name + part in where)
-    return _tensor(name, (rows, columns), f"int{bits}{' packed' if is_packed else ''}", size, zeros)
+    step = max(CHUNK_BYTES // (16 * matrix.columns), 1)
+    for start in range(0, matrix.rows, step):
+        values = matrix.integers(start, start + step)
+        zero = matrix.zero_points(start, start + step)
+        zeros += int(np.count_nonzero(values == (0 if zero is None else matrix.by_column(zero))))
+    parts = (part for part in PARTS if part != "_shape" and name + part in where)
+    size = sum(where[name + part][1].size for part in parts)
+    stored = f"int{matrix.bits}{' packed' if matrix.packed else ''}"
+    return _tensor(name, (matrix.rows, matrix.columns), stored, size, zeros)
+
+
+# the packed format of the sparse runner
+
+
+def _analyze_packed(path: Path) -> list[TensorAnalysis]:
+    packed = Packed(path)
+    tensors = []
+    for name, layout in track(packed.layouts.items(), f"reading {path.name}"):
+        size = sum(packed.tensors[f"{name}.{part}"].size for part in layout.shapes)
+        found = _tensor(
+            name, (layout.rows, layout.columns), layout_name(layout), size, _packed_zeros(packed, name)
+        )
+        tensors.append(found.model_copy(update={"linear": name.startswith("layers.")}))
+    for tensor in packed.tensors.values():
+        if tensor.dtype == "F32" and tensor.size:
+            zeros = tensor.size // 4 - int(np.count_nonzero(packed.read(tensor.name)))
+            tensors.append(_tensor(tensor.name, tensor.shape, "F32", tensor.size, zeros))
+    return tensors
+
+
+def layout_name(layout: Layout) -> str:
+    """In few words: "int4", "int5 8:16 window 8", "int8 mask"."""
+    words = f"int{layout.bits}"
+    if layout.kind == "mask":
+        return f"{words} mask"
+    return f"{words} {layout.keep}:{BLOCK} window {layout.window}" if layout.keep else words
+
+
+def _packed_zeros(packed: Packed, name: str) -> int:
+    layout, parts = packed.layouts[name], packed.parts(name)
+    weights = layout.rows * layout.columns
+    if layout.kind == "mask":
+        kept = int(np.unpackbits(parts["mask"].view(np.uint8)).sum())
+        return max(weights - kept, 0)
+    step = max(CHUNK_BYTES // (16 * ROWS * layout.columns), 1)
+    by_block = {part: array.reshape(layout.row_blocks, -1) for part, array in parts.items()}
+    for start in range(0, layout.row_blocks, step):
+        rows = min(layout.rows - start * ROWS, step * ROWS)
+        piece = {part: array[start : start + step].ravel() for part, array in by_block.items()}
+        weights -= int(np.count_nonzero(dequantize(replace(layout, rows=rows), piece)))
+    return weights

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +19,8 @@ from zoo.errors import UsageError, ZooError
 if TYPE_CHECKING:
     from zoo.entry import Entry, Measurement, Record
     from zoo.registry import Registry, Summary
+    from zoo.runner.bench import Bench
+    from zoo.runner.pack import PackedMatrix, PackReport
 
 DONE, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
 # An error of the command line's own syntax; Typer does not export its base class.
@@ -45,6 +49,22 @@ StoreOption = Annotated[
     typer.Option("--store", envvar="ZOO_STORE", help="Folder of the steps' outputs.", show_default=True),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, as docs/json.md describes it.")]
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="ID|PATH", help="An entry, or a packed file or the folder that holds it.")
+]
+MaxTokensOption = Annotated[int, typer.Option(help="Tokens to generate at most.")]
+TemperatureOption = Annotated[float, typer.Option(help="0: always the likeliest token.")]
+TopKOption = Annotated[int, typer.Option(help="Choose from so many of the likeliest tokens; 0: all.")]
+TopPOption = Annotated[float, typer.Option(help="From the likeliest that together have this probability.")]
+MinPOption = Annotated[float, typer.Option(help="From those at least this likely, of the likeliest's.")]
+PenaltyOption = Annotated[float, typer.Option(help="Above 1: tokens seen before become less likely.")]
+SeedOption = Annotated[int, typer.Option(help="The same seed gives the same text.")]
+StopOption = Annotated[list[str] | None, typer.Option(help="End before this string; may be repeated.")]
+ThreadsOption = Annotated[int | None, typer.Option(help="Default: all cores.")]
+ContextOption = Annotated[
+    int | None, typer.Option(help="Tokens, prompt included. Default: the model's, at most 4096.")
+]
+KvOption = Annotated[str, typer.Option("--kv", help="How keys and values are kept: f16 or int8.")]
 EntryArgument = Annotated[str, typer.Argument(metavar="ID", help="An entry's id, as `zoo list` shows it.")]
 REGISTRY = "registry.db"
 STORE = Path("~/.cache/sparse-zoo")
@@ -243,6 +263,195 @@ def analyze(
 
 
 @app.command()
+def bench(
+    targets: Annotated[
+        list[str] | None, typer.Argument(metavar="[ID|PATH...]", help="Packed or GGUF files, or entries.")
+    ] = None,
+    shape: Annotated[
+        str | None, typer.Option(help="Random weights of this shape, such as llama-2-7b.")
+    ] = None,
+    layers: Annotated[int | None, typer.Option(help="Decoder layers of the shape; all if not given.")] = None,
+    pattern: Annotated[
+        list[str] | None,
+        typer.Option(help="How to pack the shape: dense, 8:16, 70%, with /BITS; several with commas."),
+    ] = None,
+    bits: Annotated[int | None, typer.Option(help="Bits of patterns that name none.")] = None,
+    against: Annotated[
+        str | None, typer.Option(help="llama.cpp[:q4_0,q8_0,f16,f32]: random GGUF files of the same shape.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Default: the physical cores.")] = None,
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens of prefill.")] = 512,
+    generate: Annotated[int, typer.Option(min=1, help="Tokens of decode.")] = 128,
+    context_at: Annotated[
+        int | None, typer.Option(min=1, help="Tokens in the context when decode begins; default: the prompt.")
+    ] = None,
+    kv: Annotated[str, typer.Option(help="How keys and values are kept: f16 or int8.")] = "f16",
+    repeat: Annotated[int, typer.Option(min=1, help="Rounds, of which medians are taken.")] = 5,
+    keep: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write the random models here and leave them.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw a chart, .png or .svg.")] = None,
+    store: StoreOption = STORE,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure how fast models run here, side by side with llama.cpp and with the memory's own speed."""
+    from zoo.machine import this_machine
+    from zoo.runner import bench as benchmark
+    from zoo.runner import chart, contenders
+    from zoo.runner.peers import parse_against
+
+    if plot is not None:
+        chart.check_plot(plot)
+    settings = benchmark.Settings(
+        threads or this_machine().cores, prompt, generate, context_at, _one_of("--kv", kv, "f16 int8"), repeat
+    )
+    store = store.expanduser()
+    opened = [contenders.find(target, store) for target in targets or []]
+    planned = contenders.plan(
+        opened,
+        shape=shape,
+        layers=layers,
+        patterns=contenders.parse_patterns(pattern or [], bits),
+        against=parse_against(against) if against else [],
+    )
+    with contenders.scratch(store, keep) as folder:
+        contenders.check_room(folder, opened, planned, context=settings.context, kv=settings.kv)
+        models = [*opened, *contenders.write(folder, planned)]
+        measured = benchmark.summarize(benchmark.measure(models, settings), models, settings)
+    if plot is not None:
+        chart.draw(measured, plot)
+    if as_json:
+        _print_json(measured)
+    else:
+        _print_bench(measured)
+
+
+@app.command()
+def pack(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A model folder as the Hub has them.")],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Default: packed.safetensors in DIR.")
+    ] = None,
+    bits: Annotated[int, typer.Option(help="Of weights that lie on no grid: 4, 5, 6 or 8.")] = 8,
+    group: Annotated[int, typer.Option(help="Columns per scale of those: 32, 64, 128, or 0 for rows.")] = 32,
+    head_bits: Annotated[
+        int | None, typer.Option(help="Of embeddings and head, 4 or 8. Default: their own grid, or 8.")
+    ] = None,
+    layout: Annotated[str, typer.Option(help="auto, dense, banded, planes or mask.")] = "auto",
+    window: Annotated[
+        int | None, typer.Option(help="Of banded layouts: 4, 8 or 16. Default: the cheapest.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Convert a model folder, pruned, quantized or both, into one file for the sparse runner."""
+    from zoo.runner.pack import Settings, pack_folder
+
+    settings = Settings(
+        _number_of("--bits", bits, (4, 5, 6, 8)),
+        _number_of("--group", group, (0, 32, 64, 128)),
+        None if head_bits is None else _number_of("--head-bits", head_bits, (4, 8)),
+        _one_of("--layout", layout, "auto dense banded planes mask"),
+        None if window is None else _number_of("--window", window, (4, 8, 16)),
+    )
+    report = pack_folder(folder.expanduser(), output and output.expanduser(), settings)
+    if as_json:
+        _print_json(report)
+    else:
+        _print_pack_report(report)
+
+
+@app.command()
+def generate(
+    target: ModelArgument,
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="Text to go on with; - reads it.")],
+    max_tokens: MaxTokensOption = 256,
+    temperature: TemperatureOption = 0.0,
+    top_k: TopKOption = 0,
+    top_p: TopPOption = 1.0,
+    min_p: MinPOption = 0.0,
+    repetition_penalty: PenaltyOption = 1.0,
+    seed: SeedOption = 0,
+    stop: StopOption = None,
+    threads: ThreadsOption = None,
+    context: ContextOption = None,
+    kv: KvOption = "f16",
+    store: StoreOption = STORE,
+    as_json: JsonOption = False,
+) -> None:
+    """Go on with a prompt, on this machine's CPU."""
+    from dataclasses import asdict
+
+    from zoo.progress import say
+    from zoo.runner.generate import load
+    from zoo.runner.sample import Options
+
+    options = Options(
+        max_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, tuple(stop or ())
+    )
+    if prompt == "-":
+        try:
+            prompt = sys.stdin.buffer.read().decode()
+        except UnicodeDecodeError as error:
+            raise UsageError("the prompt is not UTF-8", saw=f"byte {error.start}: {error.reason}") from error
+    kept = _one_of("--kv", kv, "f16 int8")
+    model = load(target, threads=threads, context=context, kv=kept, store=store)
+    stream = model.generate(prompt, stream=True, **asdict(options))
+    for piece in stream:
+        if not as_json:
+            _show(piece)
+    if as_json:
+        _print_json(asdict(stream.result))
+        return
+    print()
+    result = stream.result
+    reasons = {"stop": "ended", "length": "as many as asked for", "context": "the context is full"}
+    say(
+        f"{result.generated_tokens} tokens ({reasons[result.finish_reason]}), {result.tokens_per_s:.1f} "
+        f"tokens/s; prompt of {result.prompt_tokens} in {result.seconds_to_first_token:.2f} s"
+    )
+
+
+@app.command()
+def chat(
+    target: ModelArgument,
+    max_tokens: MaxTokensOption = 1024,
+    temperature: TemperatureOption = 0.0,
+    top_k: TopKOption = 0,
+    top_p: TopPOption = 1.0,
+    min_p: MinPOption = 0.0,
+    repetition_penalty: PenaltyOption = 1.0,
+    seed: SeedOption = 0,
+    stop: StopOption = None,
+    threads: ThreadsOption = None,
+    context: ContextOption = None,
+    kv: KvOption = "f16",
+    store: StoreOption = STORE,
+) -> None:
+    """Talk with a model: /reset begins anew, Ctrl-C stops an answer, /quit or Ctrl-D leaves."""
+    from dataclasses import asdict
+
+    from zoo.runner.chat import converse
+    from zoo.runner.generate import load
+    from zoo.runner.sample import Options
+
+    options = Options(
+        max_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, tuple(stop or ())
+    )
+    kept = _one_of("--kv", kv, "f16 int8")
+    model = load(target, threads=threads, context=context, kv=kept, store=store)
+    model.prompt_of([{"role": "user", "content": "Hello"}])  # a model without a template: now, not later
+
+    def answer(messages: list[dict[str, str]]) -> Generator[str, None, None]:
+        stream = model.chat(messages, stream=True, **asdict(options))
+        try:
+            yield from stream
+        finally:
+            stream.close()
+
+    converse(answer, _lines(), _show)
+
+
+@app.command()
 def doctor(
     store: StoreOption = STORE, registry: RegistryOption = REGISTRY, as_json: JsonOption = False
 ) -> None:
@@ -309,9 +518,45 @@ def _open(url: str) -> Registry:
     return open_registry(url, create=False)
 
 
+def _show(text: str) -> None:
+    """Print a piece of a model's text at once; on a terminal without codes that would steer it."""
+    if sys.stdout.isatty():
+        text = "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
+    print(text, end="", flush=True)
+
+
+def _lines() -> Iterator[str]:
+    """What a person types, line by line."""
+    import contextlib
+
+    terminal = sys.stdin.isatty()
+    if terminal:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  (by its import, `input` can edit lines)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # what is not UTF-8 is refused where it is used
+    while True:
+        try:
+            yield input("> " if terminal else "")
+        except EOFError:
+            if terminal:
+                print()
+            return
+        except KeyboardInterrupt:
+            if not terminal:
+                raise
+            print("\nCtrl-D leaves", file=sys.stderr)
+
+
 def _one_of(option: str, value: str | None, known: str) -> Any:
     if value is not None and value not in known.split():
         raise UsageError(f"{option} {value!r} is not known", expected=", ".join(known.split()))
+    return value
+
+
+def _number_of(option: str, value: int, known: Sequence[int]) -> int:
+    if value not in known:
+        raise UsageError(f"{option} {value} is not possible", expected=", ".join(map(str, known)))
     return value
 
 
@@ -397,6 +642,42 @@ def _print_entry(entry: Entry) -> None:
         )
 
 
+def _print_pack_report(report: PackReport) -> None:
+    """Matrices of one kind on one line; those of a decoder layer differ only in rare cases."""
+    kinds: dict[tuple[str, ...], list[PackedMatrix]] = {}
+    for matrix in report.matrices:
+        pattern = f" {matrix.keep}:16 window {matrix.window}" if matrix.keep else ""
+        kind = (
+            matrix.name.rpartition(".")[2],
+            f"{matrix.kind} int{matrix.bits}{pattern}",
+            str(matrix.group or "row"),
+            "yes" if matrix.exact else "rounded" if matrix.grid == "rounded" else "nearly",
+        )
+        kinds.setdefault(kind, []).append(matrix)
+    lines = []
+    for (name, layout, group, exact), members in kinds.items():
+        weights = sum(m.rows * m.columns for m in members)
+        lines.append(
+            [
+                name,
+                str(len(members)),
+                layout,
+                group,
+                _percent(sum(m.sparsity * m.rows * m.columns for m in members) / weights),
+                f"{8 * sum(m.size for m in members) / weights:.4g}",
+                exact,
+                f"{max(m.error for m in members):.2g}",
+            ]
+        )
+    head = ["matrix", "count", "layout", "columns per scale", "sparsity", "bits/weight", "exact", "error"]
+    _print_table(head, lines)
+    print(
+        f"\n{report.path}: {_size(report.size)}, {report.weights:,} weights, "
+        f"{report.bits_per_weight:.4g} bits per weight"
+        + ("" if report.tokenizer else "; without a tokenizer, as the folder has no tokenizer.json")
+    )
+
+
 def _analyze_files(path: Path, as_json: bool) -> None:
     from zoo.analyze import analyze as analyze_files
 
@@ -451,6 +732,57 @@ def _analyze_entry(entry: Entry, as_json: bool) -> None:
         f"\nwhole: {entry.parameters:,} parameters, sparsity {_percent(entry.sparsity)}, "
         f"{entry.bits_per_weight:.4g} bits per weight ({entry.compression_ratio:.4g} × against 16 bits)"
     )
+
+
+def _print_bench(measured: Bench) -> None:
+    from zoo.runner.bench import BUSY_CORES, references
+
+    head = "model,engine,format,bits/weight,prefill tok/s,decode tok/s,read per token,GB/s,of roofline"
+    _print_table(
+        [*head.split(","), "first token", "load", "memory"],
+        [
+            [
+                row.model,
+                row.engine,
+                row.format,
+                f"{row.bits_per_weight:.4g}",
+                f"{row.prefill_tok_s:.1f} ± {row.prefill_spread / 2:.1%}",
+                f"{row.decode_tok_s:.1f} ± {row.spread / 2:.1%}",
+                _size(row.bytes_per_token),
+                f"{row.read_gb_s:.1f}",
+                f"{row.roofline_fraction:.0%}",
+                f"{row.first_token_s:.3g} s",
+                f"{row.load_s:.2f} s",
+                _size(row.peak_memory_bytes),
+            ]
+            for row in measured.rows
+        ],
+    )
+    against = references(measured)
+    lines = []
+    for row in (row for row in measured.rows if row.engine == "zoo"):
+        comparable = [other if other.model == row.model and other is not row else None for other in against]
+        cells = [
+            f"{row.decode_tok_s / o.decode_tok_s:.2f} / {row.prefill_tok_s / o.prefill_tok_s:.2f}"
+            if o
+            else "-"
+            for o in comparable
+        ]
+        lines.append([row.model, row.format, *cells])
+    if against and len(measured.rows) > 1:
+        print("\ntimes as fast, decode / prefill:")
+        _print_table(["model", "format", *(f"{o.engine} {o.format}" for o in against)], lines)
+    print(
+        f"\n{measured.machine.cpu}, threads: {measured.threads}; prompt {measured.prompt_tokens}, decode of "
+        f"{measured.generated_tokens} at {measured.context_tokens}, keys and values in {measured.kv}; "
+        f"medians of {measured.repeats} ± half the interquartile range\nroofline: memory reads at "
+        f"{measured.roofline_gb_s:.1f} GB/s ± {measured.roofline_spread / 2:.1%}"
+        + (" (by NumPy, which may be below what is possible)" if measured.roofline_method == "numpy" else "")
+    )
+    if measured.cores_taken > BUSY_CORES:
+        print(
+            f"other programs used {measured.cores_taken:.2g} cores meanwhile: repeat this on an idle machine"
+        )
 
 
 def _line(summary: Summary) -> list[str]:

@@ -25,6 +25,8 @@ GGUF_MAX_DIMENSIONS = 4
 GGUF_MAX_NAME = 63  # ggml keeps a tensor's name in 64 bytes
 GGUF_DEFAULT_ALIGNMENT = 32
 SAFETENSORS_MAX_HEADER = 100_000_000
+# What may stand beside a model's weights: the scales behind them, and the same weights for the sparse runner.
+SIDE_FILES = ("grid.safetensors", "packed.safetensors")
 MAX_ELEMENTS = 2**63 - 1
 
 SAFETENSORS_BITS = {
@@ -269,13 +271,18 @@ def _gguf_tensors(at: _Cursor, claims: list[TensorInfo], start: int, alignment: 
     ]
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The *.safetensors of a model folder that hold its weights, sorted."""
+    return sorted(path for path in folder.glob("*.safetensors") if path.name not in SIDE_FILES)
+
+
 def check_safetensors(path: Path) -> list[TensorInfo]:
     """The tensors of a safetensors file whose header is sound, in the order of their data."""
     return check_safetensors_header(path)[0]
 
 
 def check_safetensors_header(path: Path) -> tuple[list[TensorInfo], dict[str, str]]:
-    """Check the whole header of a safetensors file; its tensors, in the order of their data, and its metadata.
+    """Check the header of a safetensors file: its tensors, in the order of their data, and its metadata.
 
     Raises FormatError that says what was found where. The header may be 100 MB, as in the
     format's own library; only it is read.

@@ -20,7 +20,7 @@ This file is the definition; the C++ kernels are tested against it.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -94,7 +94,7 @@ class Layout:
 
     @property
     def offset(self) -> int:
-        """What is added to a signed weight to store it without a sign (8-bit dense and masks store it signed)."""
+        """Added to a signed weight to store it without a sign (8-bit dense and masks keep the sign)."""
         return 0 if self.zeros else 1 << (self.bits - 1)
 
     @property
@@ -191,14 +191,15 @@ def unpack(
     else:
         if layout.kind == "banded":
             slots = _deinterleave(values, layout)
-            weights, offsets = slots >> layout.offset_bits, slots & (layout.window - 1)
+            weights = slots >> np.uint8(layout.offset_bits)
+            offsets = slots & np.uint8(layout.window - 1)
         else:
             weights, offsets = _unpack_planes(layout, values)
         blocks = columns // BLOCK
         starts = np.array(window_starts(layout.keep, layout.window), np.int64)
         where = offsets.reshape(rows, blocks, layout.keep).astype(np.int64) + starts
         q = np.zeros((rows, blocks, BLOCK), np.int16)
-        signed = weights.reshape(rows, blocks, layout.keep).astype(np.int16) - layout.offset
+        signed = weights.reshape(rows, blocks, layout.keep).astype(np.int16) - np.int16(layout.offset)
         for k in range(
             layout.keep
         ):  # empty slots hold zero, and may point to a column that another slot fills
@@ -235,7 +236,7 @@ def _padded(layout: Layout, q: NDArray[np.integer]) -> Integers:
     return padded
 
 
-def _interleave(slots: Bytes) -> Bytes:
+def _interleave(slots: NDArray[Any]) -> NDArray[Any]:
     """(rows, slots) -> (row blocks, slots / 4, 16, 4)."""
     rows, count = slots.shape
     return np.ascontiguousarray(slots.reshape(rows // ROWS, ROWS, count // LANE, LANE).transpose(0, 2, 1, 3))
@@ -263,9 +264,11 @@ def _deinterleave_scales(layout: Layout, scales: NDArray[np.generic]) -> NDArray
 
 def _pack_dense(layout: Layout, q: Integers) -> Bytes:
     if layout.bits == 8:
-        return _interleave(q.astype(np.int8).view(np.uint8)).ravel()
+        stored: Bytes = _interleave(q.astype(np.int8).view(np.uint8)).ravel()
+        return stored
     vectors = _interleave((q + layout.offset).astype(np.uint8))
-    return (vectors[:, 0::2] | vectors[:, 1::2] << 4).ravel()
+    packed: Bytes = (vectors[:, 0::2] | vectors[:, 1::2] << 4).ravel()
+    return packed
 
 
 def _unpack_dense(layout: Layout, values: Bytes) -> Integers:
@@ -299,8 +302,8 @@ def _slots(layout: Layout, q: Integers) -> tuple[Bytes, Bytes]:
         if misfit.any():
             row, block = divmod(int(here[misfit.argmax()]), columns // BLOCK)
             raise PatternError(
-                f"row {row}, columns {block * BLOCK} to {block * BLOCK + BLOCK - 1} do not follow the pattern",
-                saw=f"non-zeros in columns {np.flatnonzero(blocks[row * (columns // BLOCK) + block]).tolist()}",
+                f"row {row}, block {block} of {BLOCK} columns does not follow the pattern",
+                saw=f"non-zeros in columns {np.flatnonzero(blocks[here[misfit.argmax()]]).tolist()} of it",
                 expected=f"{layout.keep} of 16, each in a window of {layout.window}",
             )
         weights[here, slot] = (blocks[here, column] + layout.offset).astype(np.uint8)
@@ -347,11 +350,10 @@ def _split(vectors: Bytes, bits: int, layout: Layout) -> Bytes:
 
 def _pack_mask(layout: Layout, q: Integers) -> tuple[Bytes, NDArray[np.uint64]]:
     """Values in vector order (4-bit ones two to a byte, each row block's pair from a byte of its own)."""
-    vectors = _interleave_wide(q)
+    vectors = _interleave(q)
     kept = vectors != 0
-    mask = np.packbits(kept.reshape(layout.row_blocks, -1, 64), axis=2, bitorder="little").view(np.uint64)[
-        :, :, 0
-    ]
+    bits = np.packbits(kept.reshape(layout.row_blocks, -1, 64), axis=2, bitorder="little")
+    mask: NDArray[np.uint64] = bits.view(np.uint64)[:, :, 0]
     if layout.bits == 8:
         return vectors[kept].astype(np.int8).view(np.uint8), mask
     counts = kept.reshape(-1, PAIR // LANE * 64).sum(axis=1)
@@ -359,7 +361,8 @@ def _pack_mask(layout: Layout, q: Integers) -> tuple[Bytes, NDArray[np.uint64]]:
     nibbles = np.zeros(int(starts[-1]), np.uint8)
     inside = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
     nibbles[np.repeat(starts[:-1], counts) + inside] = (vectors[kept] + layout.offset).astype(np.uint8)
-    return nibbles[0::2] | nibbles[1::2] << 4, mask
+    both: Bytes = nibbles[0::2] | nibbles[1::2] << np.uint8(4)
+    return both, mask
 
 
 def _unpack_mask(layout: Layout, values: Bytes, mask: NDArray[np.uint64]) -> Integers:
@@ -375,8 +378,3 @@ def _unpack_mask(layout: Layout, values: Bytes, mask: NDArray[np.uint64]) -> Int
         flat[kept] = nibbles[np.repeat(starts[:-1], counts) + inside]
     vectors = flat.reshape(layout.row_blocks, -1, ROWS, LANE)
     return vectors.transpose(0, 2, 1, 3).reshape(layout.row_blocks * ROWS, -1)
-
-
-def _interleave_wide(q: Integers) -> Integers:
-    rows, count = q.shape
-    return np.ascontiguousarray(q.reshape(rows // ROWS, ROWS, count // LANE, LANE).transpose(0, 2, 1, 3))

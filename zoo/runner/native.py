@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+from importlib import import_module
 from typing import Any, Literal
 
 import numpy as np
@@ -19,10 +20,10 @@ from zoo.runner.numpy_engine import alibi_slopes
 from zoo.runner.packed import Packed
 from zoo.runner.rope import depends_on_length, tables
 
+_native: Any = None
 try:
-    from zoo.runner import _native
+    _native = import_module("zoo.runner._native")
 except ImportError as error:
-    _native = None
     WHY_NOT = f"its C++ extension is not built ({error}); install a C++17 compiler and zoo again"
 else:
     WHY_NOT = ""
@@ -125,9 +126,7 @@ class NativeEngine:
                 pairs_per_group=layout.group // PAIR or layout.pairs,
                 pairs_per_chunk=layout.pairs_per_chunk,
                 window_starts=window_starts(layout.keep, layout.window) if layout.keep else [],
-                **{
-                    part: span(f"{name}.{part}") for part in ("values", "scales", "minima", "mask", "bias")
-                },
+                **{part: span(f"{name}.{part}") for part in ("values", "scales", "minima", "mask", "bias")},
             )
         for name in packed.architecture.norms:
             self._model.add_norm(name, span(f"{name}.weight"), span(f"{name}.bias"))

@@ -10,8 +10,8 @@ each size before it touches a byte:
     text            JSON of Text
 
 Matrices are called embed, head (absent when tied), layers.{i}.q k v o gate up down (gate: only where
-`gated`); their parts are `<matrix>.values`, `.scales`, `.minima`, `.mask`, and perhaps a `<matrix>.bias`. Norms are norm,
-layers.{i}.attention_norm and layers.{i}.mlp_norm, each with a `.weight` and perhaps a `.bias`.
+`gated`); their parts are `<matrix>.values`, `.scales`, `.minima`, `.mask`, and perhaps a `<matrix>.bias`.
+Norms are norm, layers.{i}.attention_norm and layers.{i}.mlp_norm, with a `.weight` and perhaps a `.bias`.
 """
 
 from __future__ import annotations
@@ -255,7 +255,7 @@ class Writer:
         dtype = next(key for key, value in _DTYPES.items() if value == array.dtype)
         data = np.ascontiguousarray(array)
         begin, self._end = self._end, self._end + data.nbytes
-        self._file.write(memoryview(data.reshape(-1)).cast("B"))
+        self._file.write(data.reshape(-1).view(np.uint8).data)
         self.table[name] = {"dtype": dtype, "shape": list(array.shape), "data_offsets": [begin, self._end]}
         assert math.prod(array.shape) * SAFETENSORS_BITS[dtype] == 8 * data.nbytes
 

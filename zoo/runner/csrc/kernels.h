@@ -15,7 +15,7 @@ constexpr int QUADS = PAIR / LANE;
 
 enum class Kind { dense, banded, planes, mask };
 
-// One packed matrix; the memory belongs to the model's arena, which is readable 64 bytes beyond its end.
+// One packed matrix; the memory belongs to the model's arena, which is readable 64 bytes around it.
 struct Matrix {
     Kind kind = Kind::dense;
     int rows = 0, columns = 0, bits = 0, keep = 0, offset_bits = 0;

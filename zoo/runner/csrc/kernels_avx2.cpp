@@ -258,25 +258,42 @@ struct Dense8 : Bytes {
     }
 };
 
-// Per byte of the mask, which of the next bytes goes where: 0x80 puts a zero.
+// Where the packed bytes of 8 weights go, per byte of the mask; 0x80 puts a zero. The first 8 weights count from
+// the beginning of their packed bytes, the second 8 from the end of theirs, which needs no count of the first.
 struct ExpandTable {
-    alignas(64) uint8_t low[256][8], high_step[9][16];
-    constexpr ExpandTable() : low(), high_step() {
-        for (int mask = 0; mask < 256; ++mask)
-            for (int bit = 0, next = 0; bit < 8; ++bit) low[mask][bit] = mask >> bit & 1 ? uint8_t(next++) : 0x80;
-        for (int n = 0; n < 9; ++n)
-            for (int i = 8; i < 16; ++i) high_step[n][i] = uint8_t(n);
+    alignas(64) uint8_t first[256][8], second[256][8];
+    constexpr ExpandTable() : first(), second() {
+        for (int mask = 0; mask < 256; ++mask) {
+            int count = 0;
+            for (int bit = 0; bit < 8; ++bit) count += mask >> bit & 1;
+            for (int bit = 0, next = 0; bit < 8; ++bit) {
+                const bool kept = mask >> bit & 1;
+                first[mask][bit] = kept ? uint8_t(next) : 0x80;
+                second[mask][bit] = kept ? uint8_t(16 - count + next) : 0x80;
+                next += kept;
+            }
+        }
     }
 };
 constexpr ExpandTable EXPAND;
 
-// 16 weights from the packed bytes at v by 16 bits of mask.
-static inline __m128i expand16(const uint8_t *v, uint32_t mask) {
-    const uint32_t low = mask & 255;
-    __m128i control = _mm_loadl_epi64((const __m128i *)EXPAND.low[low]);
-    control = _mm_castps_si128(_mm_loadh_pi(_mm_castsi128_ps(control), (const __m64 *)EXPAND.low[mask >> 8 & 255]));
-    control = _mm_add_epi8(control, _mm_load_si128((const __m128i *)EXPAND.high_step[_mm_popcnt_u32(low)]));
-    return _mm_shuffle_epi8(_mm_loadu_si128((const __m128i *)v), control);
+static inline __m128i two_halves(const void *low, const void *high) {
+    const __m128i v = _mm_loadl_epi64((const __m128i *)low);
+    return _mm_castps_si128(_mm_loadh_pi(_mm_castsi128_ps(v), (const __m64 *)high));
+}
+
+// 16 weights from the packed bytes at v by 16 bits of mask; moves v on.
+static inline __m128i expand16(const uint8_t *&v, uint32_t mask) {
+    const __m128i control = two_halves(EXPAND.first[mask & 255], EXPAND.second[mask >> 8]);
+    const uint8_t *begin = v;
+    v += _mm_popcnt_u32(mask);
+    return _mm_shuffle_epi8(two_halves(begin, v - 8), control);
+}
+
+// The 32 weights of 8 rows; moves v on.
+static inline I expand32(const uint8_t *&v, uint32_t mask) {
+    const __m128i low = expand16(v, mask & 0xffff), high = expand16(v, mask >> 16);
+    return _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1);
 }
 
 template <int BITS>
@@ -288,33 +305,32 @@ struct Masked : Bytes {
     explicit Masked(const Matrix &) {}
     void row_block(const Matrix &m, int block) { stream = m.values + m.value_starts[block]; }
     void next_chunk(const Matrix &) {}
+    // The packed values of pair p, one to a byte, and the end of the pair in `stream`.
+    static const uint8_t *unpack(const uint64_t *mask, const uint8_t *&stream, uint8_t *room) {
+        if constexpr (BITS == 8) return stream;
+        int count = 0;
+        for (int j = 0; j < QUADS; ++j) count += int(_mm_popcnt_u64(mask[j]));
+        const __m128i eight = _mm_set1_epi8(8);
+        for (int i = 0; i < count; i += 32) {
+            const __m128i packed = _mm_loadu_si128((const __m128i *)(stream + i / 2));
+            const __m128i low = _mm_and_si128(packed, _mm_set1_epi8(15));
+            const __m128i high = _mm_and_si128(_mm_srli_epi16(packed, 4), _mm_set1_epi8(15));
+            _mm_storeu_si128((__m128i *)(room + i), _mm_sub_epi8(_mm_unpacklo_epi8(low, high), eight));
+            _mm_storeu_si128((__m128i *)(room + i + 16), _mm_sub_epi8(_mm_unpackhi_epi8(low, high), eight));
+        }
+        stream += (count + 1) / 2;
+        return room;
+    }
     void pair(const Matrix &m, int block, int p) {
         const uint64_t *mask = m.mask + (size_t(block) * m.pairs + p) * QUADS;
-        uint8_t unpacked[PAIR * ROWS + 64];
-        const uint8_t *v = stream;
-        if constexpr (BITS == 4) {
-            int count = 0;
-            for (int j = 0; j < QUADS; ++j) count += int(_mm_popcnt_u64(mask[j]));
-            for (int i = 0; i < count; i += 32) {
-                const __m128i packed = _mm_loadu_si128((const __m128i *)(stream + i / 2));
-                const __m128i low = _mm_and_si128(packed, _mm_set1_epi8(15));
-                const __m128i high = _mm_and_si128(_mm_srli_epi16(packed, 4), _mm_set1_epi8(15));
-                const __m128i eight = _mm_set1_epi8(8);
-                _mm_storeu_si128((__m128i *)(unpacked + i), _mm_sub_epi8(_mm_unpacklo_epi8(low, high), eight));
-                _mm_storeu_si128((__m128i *)(unpacked + i + 16), _mm_sub_epi8(_mm_unpackhi_epi8(low, high), eight));
-            }
-            stream += (count + 1) / 2;
-            v = unpacked;
-        }
+        uint8_t room[PAIR * ROWS + 64];
+        const uint8_t *next = stream, *v = unpack(mask, next, room + 8);
         for (int j = 0; j < QUADS; ++j) {
             const uint64_t bits = mask[j];
-            for (int i = 0; i < 4; ++i) {
-                const uint32_t part = uint32_t(bits >> 16 * i) & 0xffff;
-                _mm_store_si128((__m128i *)(tile + j * 64 + i * 16), expand16(v, part));
-                v += _mm_popcnt_u32(part);
-            }
+            _mm256_store_si256((I *)(tile + j * 64), expand32(v, uint32_t(bits)));
+            _mm256_store_si256((I *)(tile + j * 64 + 32), expand32(v, uint32_t(bits >> 32)));
         }
-        if constexpr (BITS == 8) stream = v;
+        stream = BITS == 8 ? v : next;
     }
     void read(const Matrix &, Weights &t, int, int half) const {
         for (int j = 0; j < QUADS; ++j) t.w[j] = load(tile + j * 64 + half * 32);
@@ -386,6 +402,53 @@ static void run(const Matrix &m, const Activations &x, int begin, int end, float
     }
 }
 
+// One token and a mask: weights are used as they are expanded, both halves of the rows at once.
+template <int BITS>
+static void run_masked(const Matrix &m, const Activations &x, int begin, int end, float *out) {
+    for (int block = begin; block < end; ++block, out += ROWS) {
+        __m256 sums[2] = {V::zero(), V::zero()};
+        const uint8_t *stream = m.values + m.value_starts[block];
+        const uint64_t *mask = m.mask + size_t(block) * m.pairs * QUADS;
+        Scales scales(m, block, 0);
+        int until = m.pairs_per_group, group = 0;
+        for (int p = 0; p < m.pairs; ++p, mask += QUADS) {
+            if (p == until && group + 1 < m.groups) {
+                scales = Scales(m, block, ++group);
+                until += m.pairs_per_group;
+            }
+            uint8_t room[PAIR * ROWS + 64];
+            const uint8_t *begun = stream;
+            const uint8_t *v = Masked<BITS>::unpack(mask, stream, room + 8);
+            const size_t first = size_t(p) * x.capacity;
+            for (int e = 0; e < 1 + x.extras[p]; ++e) {  // the second vector of an outlier expands them again
+                const int8_t *a = x.integers.data() + (first + e) * PAIR;
+                const uint8_t *at = v;
+                const uint64_t *masks = mask;
+                asm("" : "+r"(masks));  // or the compiler takes what is the same for both entries out, and spills it
+                I sum[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
+#pragma GCC unroll 1
+                for (int j = 0; j < QUADS; ++j) {
+                    const uint64_t bits = masks[j];
+                    int32_t four;
+                    std::memcpy(&four, a + j * LANE, 4);
+                    const I signed_ = _mm256_set1_epi32(four), size = _mm256_abs_epi8(signed_);
+                    const I low = _mm256_sign_epi8(expand32(at, uint32_t(bits)), signed_);
+                    const I high = _mm256_sign_epi8(expand32(at, uint32_t(bits >> 32)), signed_);
+                    sum[0] = _mm256_add_epi32(sum[0], widen(_mm256_maddubs_epi16(size, low)));
+                    sum[1] = _mm256_add_epi32(sum[1], widen(_mm256_maddubs_epi16(size, high)));
+                }
+                const __m256 scale = _mm256_set1_ps(x.scale[first + e]);
+                for (int half = 0; half < 2; ++half)
+                    sums[half] = _mm256_fmadd_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(sum[half]), scales.scale[half]), scale,
+                                                 sums[half]);
+                if (BITS == 8) stream = begun + (at - v);
+            }
+        }
+        V::store(out, sums[0]);
+        V::store(out + 8, sums[1]);
+    }
+}
+
 template <class Decoder>
 static void run(const Matrix &m, const Activations &x, int begin, int end, float *out) {
     x.tokens == 1 ? run<Decoder, true>(m, x, begin, end, out) : run<Decoder, false>(m, x, begin, end, out);
@@ -405,8 +468,10 @@ static void run_kept(const Matrix &m, const Activations &x, int begin, int end, 
 static void multiply(const Matrix &m, const Activations &x, int begin, int end, float *out) {
     if (m.kind == Kind::dense)
         return m.bits == 4 ? run<Dense4>(m, x, begin, end, out) : run<Dense8>(m, x, begin, end, out);
+    if (m.kind == Kind::mask && x.tokens == 1)
+        return m.bits == 4 ? run_masked<4>(m, x, begin, end, out) : run_masked<8>(m, x, begin, end, out);
     if (m.kind == Kind::mask)
-        return m.bits == 4 ? run<Masked<4>>(m, x, begin, end, out) : run<Masked<8>>(m, x, begin, end, out);
+        return m.bits == 4 ? run<Masked<4>, false>(m, x, begin, end, out) : run<Masked<8>, false>(m, x, begin, end, out);
     switch (m.keep) {
         case 4: return run_kept<4>(m, x, begin, end, out);
         case 6: return run_kept<6>(m, x, begin, end, out);

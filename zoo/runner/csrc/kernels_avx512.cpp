@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 
 #include "kernels.h"
 
@@ -117,7 +118,7 @@ struct Gathered {
 
 template <int K, int OFF>
 struct Banded : Gathered<K, OFF> {
-    static constexpr int PAIRS = 1;
+    static constexpr int PAIRS = 1, STEP = 2;
     // The weight stays in the upper bits of its byte, 2^OFF times itself.
     static constexpr float FACTOR = 1.0f / (1 << OFF);
     const uint8_t *at = nullptr;
@@ -145,7 +146,7 @@ struct Planes : Gathered<K, OFF> {
     using typename Base::Weights;
     static constexpr float FACTOR = 1;
     static constexpr int PER = 8 / OFF;  // quads of offsets in a vector
-    static constexpr int PAIRS = Base::Q % PER == 0 ? 1 : 2 * Base::Q % PER == 0 ? 2 : 4;
+    static constexpr int PAIRS = Base::Q % PER == 0 ? 1 : 2 * Base::Q % PER == 0 ? 2 : 4, STEP = 2;
     static constexpr int CHUNK = PAIRS * Base::Q * 8 * (WBITS + OFF);
     const uint8_t *at = nullptr;
 
@@ -169,7 +170,7 @@ struct Planes : Gathered<K, OFF> {
 // Weights without a sign, all four columns of a lane stored: activations are broadcast.
 template <class Source>
 struct Unsigned : Source {
-    static constexpr int PAIRS = 1;
+    static constexpr int PAIRS = 1, STEP = Source::STEP;
     static constexpr float FACTOR = 1;
     struct Weights {
         I w[QUADS];
@@ -188,6 +189,7 @@ struct Unsigned : Source {
 
 template <int BITS>
 struct Dense {
+    static constexpr int STEP = 2;
     const uint8_t *at = nullptr;
     const int offset;
 
@@ -200,6 +202,7 @@ struct Dense {
 
 template <int BITS>
 struct Masked {
+    static constexpr int STEP = 1;  // a pair's quads are expanded into one place
     static constexpr int offset = 1 << (BITS - 1);
     const uint8_t *stream = nullptr;
     I quads[QUADS];
@@ -223,8 +226,10 @@ struct Masked {
             v = unpacked;
         }
         for (int j = 0; j < QUADS; ++j) {
-            if constexpr (BITS == 4) quads[j] = _mm512_mask_expand_epi8(_mm512_set1_epi8(offset), mask[j], load(v));
-            else quads[j] = flip(_mm512_maskz_expand_epi8(mask[j], load(v)));
+            I next = load(v);
+            asm("" : "+v"(next));  // from a register: AMD's processors expand from memory in microcode
+            if constexpr (BITS == 4) quads[j] = _mm512_mask_expand_epi8(_mm512_set1_epi8(offset), mask[j], next);
+            else quads[j] = flip(_mm512_maskz_expand_epi8(mask[j], next));
             v += _mm_popcnt_u64(mask[j]);
         }
         if constexpr (BITS == 8) stream = v;
@@ -234,6 +239,7 @@ struct Masked {
 
 struct Scales {
     __m512 scale, minimum;
+    Scales() = default;
     Scales(const Matrix &m, int block, int group, float factor) {
         const size_t at = (size_t(block) * m.groups + group) * ROWS;
         scale = _mm512_mul_ps(V::load(m.scales + at), V::set(factor));
@@ -241,14 +247,17 @@ struct Scales {
     }
 };
 
-// ONE token keeps its sums in a register; more keep theirs in `out`, which stays in the first-level cache.
-template <class Decoder, bool ONE>
-static void run(const Matrix &m, const Activations &x, int begin, int end, float *out) {
+static inline __m512 scaled(const Matrix &m, I dot, const Scales &scales, const Activations &x, size_t e) {
+    const __m512 y = _mm512_mul_ps(_mm512_cvtepi32_ps(dot), scales.scale);
+    return m.minima ? _mm512_fmadd_ps(_mm512_set1_ps(float(x.sum[e])), scales.minimum, y) : y;
+}
+
+// One token: its sums stay in a register.
+template <class Decoder>
+static void run_one(const Matrix &m, const Activations &x, int begin, int end, float *out) {
     Decoder d(m);
-    const bool minima = m.minima != nullptr;
-    for (int block = begin; block < end; ++block, out += x.tokens * ROWS) {
-        __m512 total = V::zero();
-        if (!ONE) std::memset(out, 0, size_t(x.tokens) * ROWS * sizeof(float));
+    for (int block = begin; block < end; ++block, out += ROWS) {
+        __m512 sum = V::zero();
         d.row_block(m, block);
         Scales scales(m, block, 0, Decoder::FACTOR);
         int until = m.pairs_per_group, group = 0;
@@ -261,36 +270,74 @@ static void run(const Matrix &m, const Activations &x, int begin, int end, float
                     until += m.pairs_per_group;
                 }
                 d.pair(m, block, p);
-                const size_t first = size_t(p) * x.capacity;
-                const int entries = x.tokens + x.extras[p];
                 typename Decoder::Weights w;
                 d.read(w, i);
-                auto add = [&](size_t e, __m512 sum) {
-                    __m512 y = _mm512_mul_ps(_mm512_cvtepi32_ps(d.dot(w, x, e)), scales.scale);
-                    if (minima) y = _mm512_fmadd_ps(_mm512_set1_ps(float(x.sum[e])), scales.minimum, y);
-                    return _mm512_fmadd_ps(y, _mm512_set1_ps(x.scale[e]), sum);
-                };
-                if (ONE) {
-                    total = add(first, total);
-                    if (entries > 1) total = add(first + 1, total);
-                } else {
-                    float *to = out;
-                    for (int t = 0; t < x.tokens; ++t, to += ROWS) V::store(to, add(first + t, V::load(to)));
-                    for (int e = x.tokens; e < entries; ++e) {
-                        to = out + size_t(x.token[first + e]) * ROWS;
-                        V::store(to, add(first + e, V::load(to)));
-                    }
-                }
+                const size_t first = size_t(p) * x.capacity;
+                for (size_t e = first; e < first + 1 + x.extras[p]; ++e)
+                    sum = _mm512_fmadd_ps(scaled(m, d.dot(w, x, e), scales, x, e), _mm512_set1_ps(x.scale[e]), sum);
             }
             d.next_chunk();
         }
-        if (ONE) V::store(out, total);
+        V::store(out, sum);
+    }
+}
+
+// Many tokens: sums stay in `out`, in the first-level cache; STEP pairs share their loads and stores.
+template <class Decoder, int STEP>
+static void run_many(const Matrix &m, const Activations &x, int begin, int end, float *out) {
+    static_assert(Decoder::PAIRS == 1 || Decoder::PAIRS % STEP == 0, "a step lies within a chunk, or is several");
+    Decoder d(m);
+    for (int block = begin; block < end; ++block, out += x.tokens * ROWS) {
+        std::memset(out, 0, size_t(x.tokens) * ROWS * sizeof(float));
+        d.row_block(m, block);
+        auto step = [&](auto steps, int p0, int in_chunk) {
+            constexpr int N = decltype(steps)::value;
+            typename Decoder::Weights w[N];
+            Scales scales[N];
+            size_t first[N];
+#pragma GCC unroll 4
+            for (int i = 0; i < N; ++i) {
+                d.pair(m, block, p0 + i);
+                d.read(w[i], in_chunk + i);
+                if (Decoder::PAIRS == 1) d.next_chunk();
+                scales[i] = Scales(m, block, std::min((p0 + i) / m.pairs_per_group, m.groups - 1), Decoder::FACTOR);
+                first[i] = size_t(p0 + i) * x.capacity;
+            }
+            float *to = out;
+            for (int t = 0; t < x.tokens; ++t, to += ROWS) {
+                __m512 sum = V::load(to);
+#pragma GCC unroll 4
+                for (int i = 0; i < N; ++i)
+                    sum = _mm512_fmadd_ps(scaled(m, d.dot(w[i], x, first[i] + t), scales[i], x, first[i] + t),
+                                          _mm512_set1_ps(x.scale[first[i] + t]), sum);
+                V::store(to, sum);
+            }
+            for (int i = 0; i < N; ++i) {
+                for (size_t e = first[i] + x.tokens; e < first[i] + x.tokens + x.extras[p0 + i]; ++e) {
+                    float *row = out + size_t(x.token[e]) * ROWS;
+                    V::store(row, _mm512_fmadd_ps(scaled(m, d.dot(w[i], x, e), scales[i], x, e),
+                                                  _mm512_set1_ps(x.scale[e]), V::load(row)));
+                }
+            }
+        };
+        if constexpr (Decoder::PAIRS == 1) {
+            int p = 0;
+            for (; p + STEP <= m.pairs; p += STEP) step(std::integral_constant<int, STEP>(), p, 0);
+            for (; p < m.pairs; ++p) step(std::integral_constant<int, 1>(), p, 0);
+        } else {
+            for (int chunk = 0; chunk < m.pairs; chunk += Decoder::PAIRS) {
+#pragma GCC unroll 4
+                for (int i = 0; i < Decoder::PAIRS; i += STEP) step(std::integral_constant<int, STEP>(), chunk + i, i);
+                d.next_chunk();
+            }
+        }
     }
 }
 
 template <class Decoder>
 static void run(const Matrix &m, const Activations &x, int begin, int end, float *out) {
-    x.tokens == 1 ? run<Decoder, true>(m, x, begin, end, out) : run<Decoder, false>(m, x, begin, end, out);
+    constexpr int STEP = Decoder::PAIRS == 1 ? Decoder::STEP : 2;
+    x.tokens == 1 ? run_one<Decoder>(m, x, begin, end, out) : run_many<Decoder, STEP>(m, x, begin, end, out);
 }
 
 template <int K>

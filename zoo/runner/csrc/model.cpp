@@ -97,9 +97,9 @@ void Model::load(const std::string &path) {
     constexpr size_t LINE = 64;
     size_t total = 0;
     for (const Placed &p : placed_) total += (p.span.size + LINE - 1) / LINE * LINE;
-    weights_ = Memory(total + 2 * LINE, true);  // kernels may read a vector beyond the end
+    weights_ = Memory(total + 2 * LINE, true);  // kernels may read a little before the begin and beyond the end
     std::vector<Range> ranges;
-    uint8_t *at = weights_.data();
+    uint8_t *at = weights_.data() + LINE;
     for (const Placed &p : placed_) {
         *p.to = at;
         ranges.push_back({p.span.offset, p.span.size, at});
