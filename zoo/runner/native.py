@@ -10,9 +10,10 @@ from importlib import import_module
 from typing import Any, Literal
 
 import numpy as np
+import psutil
 from numpy.typing import NDArray
 
-from zoo.errors import FormatError, NumericsError, StoreError, UsageError
+from zoo.errors import FormatError, NumericsError, StoreError, UsageError, ZooError
 from zoo.machine import this_machine
 from zoo.runner.engine import check_call
 from zoo.runner.format import PAIR, window_starts
@@ -51,13 +52,23 @@ class NativeEngine:
         threads: int | None = None,
         kv: Literal["f16", "int8"] = "f16",
     ) -> None:
-        """Raises FormatError for a file whose contents are not sound, UsageError for an unknown ZOO_ISA."""
+        """Raises FormatError for a file whose contents are not sound, UsageError for an unknown ZOO_ISA, or
+        for more slots, positions or threads than there can be."""
         a = self.architecture = packed.architecture
         self.slots = slots
         self.context = context
         self.threads = threads or this_machine().cores
         self._filled = np.zeros(slots, np.int64)
         self._table_for = 0  # length whose rotation table is set
+        per_position = 4 * a.head_dim if kv == "f16" else 2 * a.head_dim + 8
+        needed = a.layers * a.kv_heads * slots * context * per_position
+        no_memory = UsageError(
+            f"no memory for the keys and values of {slots} x {context} positions",
+            saw=f"{needed / 1e9:.1f} GB",
+            try_="a smaller context, or kv int8",
+        )
+        if needed > psutil.virtual_memory().total:
+            raise no_memory
         try:
             self._model: Any = _native.Model(
                 vocabulary=a.vocabulary,
@@ -85,13 +96,16 @@ class NativeEngine:
         except ValueError as error:
             raise UsageError(str(error), expected="ZOO_ISA unset, or avx512, avx2, neon or scalar") from error
         except MemoryError as error:
+            raise no_memory from error
+        except RuntimeError as error:
             raise UsageError(
-                f"no memory for the keys and values of {slots} x {context} positions",
-                try_="a smaller context, or kv int8",
+                "the system refuses so many threads", saw=f"{self.threads} ({error})", try_="fewer --threads"
             ) from error
         try:
             self._describe(packed)
             self._model.load(str(packed.path))
+        except MemoryError as error:
+            raise ZooError(f"{packed.path} does not fit into memory") from error
         except ValueError as error:
             raise FormatError(f"{packed.path} cannot be run: {error}") from error
         except RuntimeError as error:
@@ -136,7 +150,7 @@ class NativeEngine:
         if self._table_for and not (depends_on_length(self.architecture) and length != self._table_for):
             return
         cos, sin = tables(self.architecture, length, self.context)
-        self._model.set_rope(cos.ravel().tolist(), sin.ravel().tolist(), *cos.shape)
+        self._model.set_rope(np.ascontiguousarray(cos), np.ascontiguousarray(sin))
         self._table_for = length
 
     def forward(
@@ -153,7 +167,10 @@ class NativeEngine:
         ascending, where = np.unique(wanted, return_inverse=True)
         logits = np.empty((len(ascending), self.architecture.vocabulary), np.float32)
         ids, of, at = (np.ascontiguousarray(a, np.int32) for a in (tokens, slots, positions))
-        self._model.forward(ids, of, at, ascending.astype(np.int32), logits)
+        try:
+            self._model.forward(ids, of, at, ascending.astype(np.int32), logits)
+        except RuntimeError as error:
+            raise UsageError(f"the model cannot run here: {error}", try_="load it in this process") from error
         self._filled[slots] = positions + 1
         if not np.isfinite(logits).all():
             raise NumericsError("the model's logits are NaN or infinite", try_="check its weights")

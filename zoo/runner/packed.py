@@ -63,7 +63,7 @@ class Architecture(_Strict):
     tied: bool  # the head is the embedding matrix
     rope: dict[str, Any] | None = None  # transformers' rope_parameters; None: no rotation
     alibi_bias_max: float | None = None  # ALiBi with slopes as in MPT; None: no bias
-    sliding_window: int | None = Field(default=None, gt=0)  # positions a token sees, itself included
+    sliding_window: int | None = Field(default=None, gt=0, le=1 << 28)  # positions a token sees, itself included
     clip_qkv: float | None = Field(default=None, gt=0)
     softmax_scale: float = Field(gt=0)  # of q . k
     logit_scale: float = 1.0

@@ -6,6 +6,7 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <stdexcept>
 #include <tuple>
 
 #include "model.h"
@@ -14,6 +15,7 @@ namespace nb = nanobind;
 using namespace zoo;
 
 using Integers = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Floats = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Extent = std::tuple<uint64_t, uint64_t>;  // offset, size
 
 static Span span(const Extent &e) { return {std::get<0>(e), std::get<1>(e)}; }
@@ -75,7 +77,12 @@ NB_MODULE(_native, module) {
             self.add_norm(name, span(weight), span(bias));
         })
         .def("load", &Model::load, nb::call_guard<nb::gil_scoped_release>())
-        .def("set_rope", &Model::set_rope)
+        .def("set_rope", [](Model &self, Floats cos, Floats sin) {
+            if (cos.shape(0) != sin.shape(0) || cos.shape(1) != sin.shape(1))
+                throw std::invalid_argument("arrays of different lengths");
+            self.set_rope({cos.data(), cos.data() + cos.size()}, {sin.data(), sin.data() + sin.size()}, int(cos.shape(0)),
+                          int(cos.shape(1)));
+        })
         .def("set_slopes", &Model::set_slopes)
         .def_prop_ro("weight_bytes", &Model::weight_bytes)
         .def_prop_ro("isa", [](const Model &self) { return std::string(self.isa()); })

@@ -40,7 +40,6 @@ struct V {
     static F scale2(F p, F n) { return _mm512_scalef_ps(p, n); }
     static float sum(F a) { return _mm512_reduce_add_ps(a); }
     static float largest(F a) { return _mm512_reduce_max_ps(a); }
-    static float nearest(float x) { return _mm_cvtss_f32(_mm_round_ss(_mm_set_ss(x), _mm_set_ss(x), 8)); }
     static void to_half(const float *x, uint16_t *to, int n) {
         int i = 0;
         for (; i + 16 <= n; i += 16) _mm256_storeu_si256((__m256i *)(to + i), _mm512_cvtps_ph(load(x + i), 0));
@@ -298,7 +297,7 @@ static void run_many(const Matrix &m, const Activations &x, int begin, int end, 
 #pragma GCC unroll 4
             for (int i = 0; i < N; ++i) {
                 d.pair(m, block, p0 + i);
-                d.read(w[i], in_chunk + i);
+                d.read(w[i], Decoder::PAIRS == 1 ? 0 : in_chunk + i);
                 if (Decoder::PAIRS == 1) d.next_chunk();
                 scales[i] = Scales(m, block, std::min((p0 + i) / m.pairs_per_group, m.groups - 1), Decoder::FACTOR);
                 first[i] = size_t(p0 + i) * x.capacity;

@@ -33,7 +33,6 @@ struct V {
     static F scale2(F p, F n) { return std::ldexp(p, int(n)); }
     static float sum(F a) { return a; }
     static float largest(F a) { return a; }
-    static float nearest(float x) { return std::nearbyint(x); }
     static void to_half(const float *x, uint16_t *to, int n) {
         for (int i = 0; i < n; ++i) to[i] = float_to_half(x[i]);
     }

@@ -204,15 +204,19 @@ const Activations &Model::quantized(int thread, const float *from, int columns, 
     return x;
 }
 
-// Row blocks taken at a time: long streams for one token, a balanced end for many.
-static int stride_of(int row_blocks, int threads, int tokens) {
-    return tokens > 4 ? 1 : std::min(std::max(row_blocks / (threads * 6), 1), 16);
+// Row blocks that a thread takes at a time. Of a small matrix each takes its share at once, as a stream of memory
+// pays when it is long; of a large one several pieces, so that a thread that is held up does not hold up all.
+static int step_of(const Matrix &m, int threads, int tokens) {
+    if (tokens > 4) return 1;
+    const bool large = size_t(m.rows) * m.columns > size_t(8) << 20;
+    const int pieces = large ? threads * 6 : threads;
+    return std::min((m.row_blocks + pieces - 1) / pieces, large ? 16 : m.row_blocks);
 }
 
 void Model::product(int thread, const Activations &x, const Matrix &m, float *to, size_t stride, bool add) {
     Local &local = local_[thread];
     std::atomic<int> &next = counter(thread);
-    const int step = stride_of(m.row_blocks, pool_.threads(), x.tokens);
+    const int step = step_of(m, pool_.threads(), x.tokens);
     local.out.resize(std::max(local.out.size(), size_t(step) * x.tokens * ROWS));
     for (int begin; (begin = next.fetch_add(step, std::memory_order_relaxed)) < m.row_blocks;) {
         const int end = std::min(begin + step, m.row_blocks);
@@ -234,7 +238,7 @@ void Model::gated(int thread, const Activations &x, const Layer &layer) {
     Local &local = local_[thread];
     std::atomic<int> &next = counter(thread);
     const Matrix &up = layer.up;
-    const int step = stride_of(up.row_blocks, pool_.threads(), x.tokens);
+    const int step = step_of(up, pool_.threads(), x.tokens);
     const size_t room = size_t(step) * x.tokens * ROWS;
     local.out.resize(std::max(local.out.size(), room));
     local.more.resize(std::max(local.more.size(), room));
@@ -391,6 +395,7 @@ void Model::head(const std::vector<int> &rows, float *logits) {
 
 void Model::forward(const int32_t *tokens, const int32_t *slots, const int32_t *positions, int count, const int32_t *wanted,
                     int wanted_count, float *logits, const std::function<bool()> &interrupted) {
+    std::lock_guard<std::mutex> one_call(busy_);
     std::vector<int> lengths = lengths_;
     for (int t = 0; t < count; ++t) {
         auto fail = [&](const char *what, int value) {

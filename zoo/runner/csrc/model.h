@@ -4,6 +4,7 @@
 #include <atomic>
 #include <functional>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -100,6 +101,7 @@ class Model {
     int rope_half_ = 0, rope_positions_ = 0;
     std::vector<int> lengths_;  // positions held, per slot
 
+    std::mutex busy_;  // one call at a time
     // Of the tile that is being computed.
     int count_ = 0;
     const int32_t *positions_ = nullptr;

@@ -117,18 +117,24 @@ static inline float largest_of(const float *x, int n) {
     return m;
 }
 
+// The nearest integers of x * factor, |x * factor| < 2^22: adding 1.5 * 2^23 leaves them in the lowest bits.
+static inline void nearest(const float *x, float factor, int n, int32_t *to) {
+    for (int i = 0; i < n; ++i) {
+        const float shifted = x[i] * factor + 12582912.0f;
+        std::memcpy(to + i, &shifted, 4);
+        to[i] -= 0x4b400000;
+    }
+}
+
 static inline void round_to_entry(float *x, float scale, size_t entry, Activations &out) {
+    int32_t q[PAIR], sum = 0;
+    nearest(x, scale > 0 ? 1 / scale : 0, PAIR, q);
     int8_t *integers = out.integers.data() + entry * PAIR;
     uint8_t *biased = out.biased.data() + entry * PAIR;
-    const float inverse = scale > 0 ? 1 / scale : 0;
-    int32_t sum = 0;
-    for (int i = 0; i < PAIR; ++i) {
-        const int q = int(V::nearest(x[i] * inverse));
-        x[i] -= q * scale;
-        integers[i] = int8_t(q);
-        biased[i] = uint8_t(q + 128);
-        sum += q;
-    }
+    for (int i = 0; i < PAIR; ++i) integers[i] = int8_t(q[i]);
+    for (int i = 0; i < PAIR; ++i) biased[i] = uint8_t(q[i] + 128);
+    for (int i = 0; i < PAIR; ++i) sum += q[i];
+    for (int i = 0; i < PAIR; ++i) x[i] -= float(q[i]) * scale;
     out.scale[entry] = scale;
     out.sum[entry] = sum;
 }
@@ -163,8 +169,12 @@ static void store(const KeyValues &kv, size_t row, const float *k, const float *
     }
     auto round = [n](const float *x, int8_t *to, float &scale) {
         scale = largest_of(x, n) / 127;
-        const float inverse = scale > 0 ? 1 / scale : 0;
-        for (int i = 0; i < n; ++i) to[i] = int8_t(V::nearest(x[i] * inverse));
+        int32_t q[PAIR];
+        for (int i = 0; i < n; i += PAIR) {
+            const int some = std::min(n - i, PAIR);
+            nearest(x + i, scale > 0 ? 1 / scale : 0, some, q);
+            for (int j = 0; j < some; ++j) to[i + j] = int8_t(q[j]);
+        }
     };
     round(k, static_cast<int8_t *>(kv.keys) + row * n, kv.key_scales[row]);
     round(v, static_cast<int8_t *>(kv.values) + row * n, kv.value_scales[row]);
@@ -184,6 +194,28 @@ static inline void scores_of(const float *const *q, const Element *key, int n, f
         out[j] = V::sum(a[j]);
         for (int l = i; l < n; ++l) out[j] += q[j][l] * V::one(key + l);
     }
+}
+
+// The weighted sum of the values from column c on, R vectors at a time so that the sums stay in registers.
+// Returns the first column that is left.
+template <int Q, int R, class Element>
+static inline int sum_values(const Attention &a, const Element *values, const float *weights, int count, int n, int c,
+                             float *out) {
+    for (; c + R * V::N <= n; c += R * V::N) {
+        typename V::F sums[Q][R];
+        for (int j = 0; j < Q; ++j)
+            for (int r = 0; r < R; ++r) sums[j][r] = V::zero();
+        const Element *value = values + c;
+        for (int i = 0; i < count; ++i, value += n) {
+            for (int r = 0; r < R; ++r) {
+                const auto v = V::load(value + r * V::N);
+                for (int j = 0; j < Q; ++j) sums[j][r] = V::fma(V::set(weights[size_t(j) * count + i]), v, sums[j][r]);
+            }
+        }
+        for (int j = 0; j < Q; ++j)
+            for (int r = 0; r < R; ++r) V::store(out + j * a.out_stride + c + r * V::N, sums[j][r]);
+    }
+    return c;
 }
 
 // Attention of Q consecutive tokens of one head: softmax(scale q . k + bias) v over the positions each sees.
@@ -218,23 +250,9 @@ static void attend_block(const KeyValues &kv, const Attention &a, const float *q
             p[i] = seen ? p[i] * inverse * (scaled ? kv.value_scales[row + i] : 1.0f) : 0.0f;
         }
     }
-    // Sum the values, a few vectors of the head at a time so that the sums stay in registers.
-    constexpr int R = Q == 1 ? 8 : 2;
-    int c = 0;
-    for (; c + R * V::N <= n; c += R * V::N) {
-        typename V::F sums[Q][R];
-        for (int j = 0; j < Q; ++j)
-            for (int r = 0; r < R; ++r) sums[j][r] = V::zero();
-        const Element *value = values + c;
-        for (int i = 0; i < count; ++i, value += n) {
-            for (int r = 0; r < R; ++r) {
-                const auto v = V::load(value + r * V::N);
-                for (int j = 0; j < Q; ++j) sums[j][r] = V::fma(V::set(scores[size_t(j) * count + i]), v, sums[j][r]);
-            }
-        }
-        for (int j = 0; j < Q; ++j)
-            for (int r = 0; r < R; ++r) V::store(out + j * a.out_stride + c + r * V::N, sums[j][r]);
-    }
+    int c = sum_values<Q, Q == 1 ? 8 : 2>(a, values, scores, count, n, 0, out);
+    c = sum_values<Q, Q == 1 ? 4 : 1>(a, values, scores, count, n, c, out);
+    c = sum_values<Q, 1>(a, values, scores, count, n, c, out);
     for (; c < n; ++c) {
         for (int j = 0; j < Q; ++j) {
             float s = 0;

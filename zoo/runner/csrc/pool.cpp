@@ -1,7 +1,11 @@
 #include "pool.h"
 
 #include <chrono>
+#include <stdexcept>
 
+#ifndef _WIN32
+#include <unistd.h>
+#endif
 #if defined(__x86_64__) || defined(_M_X64)
 #include <immintrin.h>
 #endif
@@ -21,27 +25,53 @@ constexpr int SPINS = 2000;
 // Between two tokens the caller samples: long enough to stay awake for, and no longer.
 constexpr auto AWAKE = std::chrono::microseconds(200);
 
-Pool::Pool(int threads) : threads_(threads) {
-    for (int i = 1; i < threads; ++i) workers_.emplace_back([this, i] { worker(i); });
+static long this_process() {
+#ifdef _WIN32
+    return 0;
+#else
+    return getpid();
+#endif
+}
+
+Pool::Pool(int threads) : threads_(threads), process_(this_process()) {
+    try {
+        for (int i = 1; i < threads; ++i) workers_.emplace_back([this, i] { worker(i); });
+    } catch (...) {
+        stop();
+        throw;
+    }
 }
 
 Pool::~Pool() {
+    if (!forked()) {
+        stop();
+        return;
+    }
+    // The threads are in the other process: nobody will ever be joined, or leave the condition variable.
+    for (auto &worker : workers_) worker.detach();
+    wake_.release();
+}
+
+bool Pool::forked() const { return !workers_.empty() && process_ != this_process(); }
+
+void Pool::stop() {
     {
         std::lock_guard<std::mutex> lock(mutex_);
         stop_ = true;
         ++call_;
     }
-    wake_.notify_all();
+    wake_->notify_all();
     for (auto &worker : workers_) worker.join();
 }
 
 void Pool::run(const std::function<void(int)> &job) {
+    if (forked()) throw std::runtime_error("its threads belong to the process that loaded it");
     {
         std::lock_guard<std::mutex> lock(mutex_);
         job_ = &job;
         ++call_;
     }
-    wake_.notify_all();
+    wake_->notify_all();
     job(0);
     barrier();
 }
@@ -65,7 +95,7 @@ void Pool::worker(int index) {
         while (call_.load(std::memory_order_acquire) == seen && std::chrono::steady_clock::now() < until) pause();
         if (call_.load(std::memory_order_acquire) == seen) {
             std::unique_lock<std::mutex> lock(mutex_);
-            wake_.wait(lock, [&] { return call_ != seen; });
+            wake_->wait(lock, [&] { return call_ != seen; });
         }
         ++seen;
         if (stop_) return;
