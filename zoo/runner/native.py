@@ -30,6 +30,7 @@ else:
     WHY_NOT = ""
 
 AVAILABLE = _native is not None
+MOST_THREADS = 1024
 ISA = os.environ.get("ZOO_ISA") or (_native.best_isa() if AVAILABLE else "numpy")
 
 
@@ -60,6 +61,8 @@ class NativeEngine:
         self.threads = threads or this_machine().cores
         self._filled = np.zeros(slots, np.int64)
         self._table_for = 0  # length whose rotation table is set
+        if self.threads > MOST_THREADS:
+            raise UsageError(f"{self.threads} threads are too many", expected=f"at most {MOST_THREADS}")
         per_position = 4 * a.head_dim if kv == "f16" else 2 * a.head_dim + 8
         needed = a.layers * a.kv_heads * slots * context * per_position
         no_memory = UsageError(

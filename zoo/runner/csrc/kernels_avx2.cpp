@@ -151,7 +151,7 @@ struct Gathered {
 
 template <int K, int OFF>
 struct Banded : Gathered<K, 8 - OFF, OFF> {
-    static constexpr int PAIRS = 1;
+    static constexpr int PAIRS = 1, BYTES = K / 2 * 64;
     const uint8_t *at = nullptr;
     using Base = Gathered<K, 8 - OFF, OFF>;
     using typename Base::Weights;
@@ -159,7 +159,7 @@ struct Banded : Gathered<K, 8 - OFF, OFF> {
     explicit Banded(const Matrix &m) : Base(m) {}
     void row_block(const Matrix &m, int block) { at = m.values + size_t(block) * m.bytes_per_row_block(); }
     void pair(const Matrix &, int, int) {}
-    void next_chunk(const Matrix &) { at += Base::Q * 64; }
+    void next_chunk(const Matrix &) { at += BYTES; }
     void read(const Matrix &, Weights &t, int, int half) const {
         for (int j = 0; j < Base::Q; ++j) {
             const I v = load(at + j * 64 + half * 32);
@@ -176,13 +176,13 @@ struct Planes : Gathered<K, WBITS, OFF> {
     using typename Base::Weights;
     static constexpr int PER = 8 / OFF;  // quads of offsets in a vector
     static constexpr int PAIRS = Base::Q % PER == 0 ? 1 : 2 * Base::Q % PER == 0 ? 2 : 4;
-    static constexpr int CHUNK = PAIRS * Base::Q * 8 * (WBITS + OFF);
+    static constexpr int BYTES = PAIRS * Base::Q * 8 * (WBITS + OFF);
     const uint8_t *at = nullptr;
 
     explicit Planes(const Matrix &m) : Base(m) {}
     void row_block(const Matrix &m, int block) { at = m.values + size_t(block) * m.bytes_per_row_block(); }
     void pair(const Matrix &, int, int) {}
-    void next_chunk(const Matrix &) { at += CHUNK; }
+    void next_chunk(const Matrix &) { at += BYTES; }
     void read(const Matrix &, Weights &t, int in_chunk, int half) const {
         const uint8_t *weights = at + PAIRS * Base::Q * 8 * OFF;
         for (int j = 0; j < Base::Q; ++j) {
@@ -196,7 +196,7 @@ struct Planes : Gathered<K, WBITS, OFF> {
 };
 
 struct Dense4 {
-    static constexpr int PAIRS = 1;
+    static constexpr int PAIRS = 1, BYTES = 256;
     struct Weights {
         I w[QUADS];
     };
@@ -206,7 +206,7 @@ struct Dense4 {
     explicit Dense4(const Matrix &m) : offset(m.offset()) {}
     void row_block(const Matrix &m, int block) { at = m.values + size_t(block) * m.bytes_per_row_block(); }
     void pair(const Matrix &, int, int) {}
-    void next_chunk(const Matrix &) { at += 256; }
+    void next_chunk(const Matrix &) { at += BYTES; }
     void read(const Matrix &, Weights &t, int, int half) const {
         for (int j = 0; j < QUADS; j += 2) {
             const I v = load(at + j * 32 + half * 32);
@@ -245,13 +245,13 @@ struct Bytes {
 };
 
 struct Dense8 : Bytes {
-    static constexpr int PAIRS = 1;
+    static constexpr int PAIRS = 1, BYTES = 512;
     const uint8_t *at = nullptr;
 
     explicit Dense8(const Matrix &) {}
     void row_block(const Matrix &m, int block) { at = m.values + size_t(block) * m.bytes_per_row_block(); }
     void pair(const Matrix &, int, int) {}
-    void next_chunk(const Matrix &) { at += 512; }
+    void next_chunk(const Matrix &) { at += BYTES; }
     void read(const Matrix &, Weights &t, int, int half) const {
         for (int j = 0; j < QUADS; ++j) t.w[j] = load(at + j * 64 + half * 32);
     }
@@ -359,6 +359,7 @@ static void run(const Matrix &m, const Activations &x, int begin, int end, float
         Scales scales(m, block, 0);
         int until = m.pairs_per_group, group = 0;
         for (int chunk = 0; chunk < m.pairs; chunk += Decoder::PAIRS) {
+            if constexpr (ONE) prefetch(d.at, Decoder::BYTES);
 #pragma GCC unroll 4
             for (int i = 0; i < Decoder::PAIRS; ++i) {
                 const int p = chunk + i;

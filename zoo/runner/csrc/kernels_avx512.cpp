@@ -117,7 +117,7 @@ struct Gathered {
 
 template <int K, int OFF>
 struct Banded : Gathered<K, OFF> {
-    static constexpr int PAIRS = 1, STEP = 2;
+    static constexpr int PAIRS = 1, STEP = 2, BYTES = K / 2 * 64;
     // The weight stays in the upper bits of its byte, 2^OFF times itself.
     static constexpr float FACTOR = 1.0f / (1 << OFF);
     const uint8_t *at = nullptr;
@@ -127,7 +127,7 @@ struct Banded : Gathered<K, OFF> {
     explicit Banded(const Matrix &m) : Base(m) {}
     void row_block(const Matrix &m, int block) { at = m.values + size_t(block) * m.bytes_per_row_block(); }
     void pair(const Matrix &, int, int) {}
-    void next_chunk() { at += Base::Q * 64; }
+    void next_chunk() { at += BYTES; }
     void read(Weights &t, int) const {
         const I upper = _mm512_set1_epi8(char(0xff << OFF)), sign = _mm512_set1_epi8(char(128));
         for (int j = 0; j < Base::Q; ++j) {
@@ -146,13 +146,13 @@ struct Planes : Gathered<K, OFF> {
     static constexpr float FACTOR = 1;
     static constexpr int PER = 8 / OFF;  // quads of offsets in a vector
     static constexpr int PAIRS = Base::Q % PER == 0 ? 1 : 2 * Base::Q % PER == 0 ? 2 : 4, STEP = 2;
-    static constexpr int CHUNK = PAIRS * Base::Q * 8 * (WBITS + OFF);
+    static constexpr int BYTES = PAIRS * Base::Q * 8 * (WBITS + OFF);
     const uint8_t *at = nullptr;
 
     explicit Planes(const Matrix &m) : Base(m) {}
     void row_block(const Matrix &m, int block) { at = m.values + size_t(block) * m.bytes_per_row_block(); }
     void pair(const Matrix &, int, int) {}
-    void next_chunk() { at += CHUNK; }
+    void next_chunk() { at += BYTES; }
     void read(Weights &t, int in_chunk) const {
         const uint8_t *weights = at + PAIRS * Base::Q * 8 * OFF;
         for (int j = 0; j < Base::Q; ++j) {
@@ -188,40 +188,41 @@ struct Unsigned : Source {
 
 template <int BITS>
 struct Dense {
-    static constexpr int STEP = 2;
+    static constexpr int STEP = 2, BYTES = 64 * BITS;
     const uint8_t *at = nullptr;
     const int offset;
 
     explicit Dense(const Matrix &m) : offset(BITS == 8 ? 128 : m.offset()) {}
     void row_block(const Matrix &m, int block) { at = m.values + size_t(block) * m.bytes_per_row_block(); }
     void pair(const Matrix &, int, int) {}
-    void next_chunk() { at += 64 * BITS; }
+    void next_chunk() { at += BYTES; }
     I quad(int j) const { return BITS == 8 ? flip(load(at + j * 64)) : field(load(at + j / 2 * 64), j % 2 * 4, 4); }
 };
 
 template <int BITS>
 struct Masked {
     static constexpr int STEP = 1;  // a pair's quads are expanded into one place
+    static constexpr int BYTES = 32 * BITS;  // about: three to six of ten weights
     static constexpr int offset = 1 << (BITS - 1);
-    const uint8_t *stream = nullptr;
+    const uint8_t *at = nullptr;
     I quads[QUADS];
 
     explicit Masked(const Matrix &) {}
-    void row_block(const Matrix &m, int block) { stream = m.values + m.value_starts[block]; }
+    void row_block(const Matrix &m, int block) { at = m.values + m.value_starts[block]; }
     void next_chunk() {}
     void pair(const Matrix &m, int block, int p) {
         const uint64_t *mask = m.mask + (size_t(block) * m.pairs + p) * QUADS;
         alignas(64) uint8_t unpacked[PAIR * ROWS + 64];
-        const uint8_t *v = stream;
+        const uint8_t *v = at;
         if constexpr (BITS == 4) {
             int count = 0;
             for (int j = 0; j < QUADS; ++j) count += int(_mm_popcnt_u64(mask[j]));
             for (int i = 0; i < count; i += 64) {
-                const I wide = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)(stream + i / 2)));
+                const I wide = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)(at + i / 2)));
                 const I both = _mm512_or_si512(wide, _mm512_slli_epi16(wide, 4));
                 _mm512_store_si512(unpacked + i, _mm512_and_si512(both, _mm512_set1_epi8(15)));
             }
-            stream += (count + 1) / 2;
+            at += (count + 1) / 2;
             v = unpacked;
         }
         for (int j = 0; j < QUADS; ++j) {
@@ -231,7 +232,7 @@ struct Masked {
             else quads[j] = flip(_mm512_maskz_expand_epi8(mask[j], next));
             v += _mm_popcnt_u64(mask[j]);
         }
-        if constexpr (BITS == 8) stream = v;
+        if constexpr (BITS == 8) at = v;
     }
     I quad(int j) const { return quads[j]; }
 };
@@ -261,6 +262,7 @@ static void run_one(const Matrix &m, const Activations &x, int begin, int end, f
         Scales scales(m, block, 0, Decoder::FACTOR);
         int until = m.pairs_per_group, group = 0;
         for (int chunk = 0; chunk < m.pairs; chunk += Decoder::PAIRS) {
+            prefetch(d.at, Decoder::BYTES);
 #pragma GCC unroll 4
             for (int i = 0; i < Decoder::PAIRS; ++i) {
                 const int p = chunk + i;

@@ -196,11 +196,11 @@ static inline void scores_of(const float *const *q, const Element *key, int n, f
     }
 }
 
-// The weighted sum of the values from column c on, R vectors at a time so that the sums stay in registers.
+// The weighted sum of the values, times `inverse`, from column c on, R vectors at a time so that the sums stay in registers.
 // Returns the first column that is left.
 template <int Q, int R, class Element>
-static inline int sum_values(const Attention &a, const Element *values, const float *weights, int count, int n, int c,
-                             float *out) {
+static inline int sum_values(const Attention &a, const Element *values, const float *weights, const float *inverse, int count,
+                             int n, int c, float *out) {
     for (; c + R * V::N <= n; c += R * V::N) {
         typename V::F sums[Q][R];
         for (int j = 0; j < Q; ++j)
@@ -213,9 +213,23 @@ static inline int sum_values(const Attention &a, const Element *values, const fl
             }
         }
         for (int j = 0; j < Q; ++j)
-            for (int r = 0; r < R; ++r) V::store(out + j * a.out_stride + c + r * V::N, sums[j][r]);
+            for (int r = 0; r < R; ++r) V::store(out + j * a.out_stride + c + r * V::N, V::mul(sums[j][r], V::set(inverse[j])));
     }
     return c;
+}
+
+static inline float largest(const float *x, int n) {
+    float m = x[0];
+    int i = 0;
+    if (n >= V::N) {
+        auto a = V::load(x);
+        for (i = V::N; i + V::N <= n; i += V::N) a = V::max(a, V::load(x + i));
+        float lanes[V::N];
+        V::store(lanes, a);
+        for (float lane : lanes) m = std::max(m, lane);
+    }
+    for (; i < n; ++i) m = std::max(m, x[i]);
+    return m;
 }
 
 // Attention of Q consecutive tokens of one head: softmax(scale q . k + bias) v over the positions each sees.
@@ -236,28 +250,27 @@ static void attend_block(const KeyValues &kv, const Attention &a, const float *q
         const float scale = scaled ? a.scale * kv.key_scales[row + i] : a.scale;
         for (int j = 0; j < Q; ++j) scores[size_t(j) * count + i] = s[j] * scale + a.slope * (first + i - position - j);
     }
+    float inverse[Q];
     for (int j = 0; j < Q; ++j) {
         float *p = scores + size_t(j) * count;
         const int begin = a.window ? std::max(0, position + j - a.window + 1) - first : 0;
         const int end = position + j - first + 1;
-        float top = p[begin];
-        for (int i = begin; i < end; ++i) top = std::max(top, p[i]);
-        const auto t = V::set(top);
-        map(p + begin, nullptr, end - begin, [t](typename V::F x, typename V::F) { return exp_of(V::sub(x, t)); });
-        const float inverse = 1 / sum_of(p + begin, end - begin);
-        for (int i = 0; i < count; ++i) {
-            const bool seen = i >= begin && i < end;
-            p[i] = seen ? p[i] * inverse * (scaled ? kv.value_scales[row + i] : 1.0f) : 0.0f;
-        }
+        const auto top = V::set(largest(p + begin, end - begin));
+        map(p + begin, nullptr, end - begin, [top](typename V::F x, typename V::F) { return exp_of(V::sub(x, top)); });
+        inverse[j] = 1 / sum_of(p + begin, end - begin);
+        for (int i = 0; i < begin; ++i) p[i] = 0;
+        for (int i = end; i < count; ++i) p[i] = 0;
+        if (scaled)
+            for (int i = begin; i < end; ++i) p[i] *= kv.value_scales[row + i];
     }
-    int c = sum_values<Q, Q == 1 ? 8 : 2>(a, values, scores, count, n, 0, out);
-    c = sum_values<Q, Q == 1 ? 4 : 1>(a, values, scores, count, n, c, out);
-    c = sum_values<Q, 1>(a, values, scores, count, n, c, out);
+    int c = sum_values<Q, Q == 1 ? 8 : 2>(a, values, scores, inverse, count, n, 0, out);
+    c = sum_values<Q, Q == 1 ? 4 : 1>(a, values, scores, inverse, count, n, c, out);
+    c = sum_values<Q, 1>(a, values, scores, inverse, count, n, c, out);
     for (; c < n; ++c) {
         for (int j = 0; j < Q; ++j) {
             float s = 0;
             for (int i = 0; i < count; ++i) s += scores[size_t(j) * count + i] * V::one(values + size_t(i) * n + c);
-            out[j * a.out_stride + c] = s;
+            out[j * a.out_stride + c] = s * inverse[j];
         }
     }
 }
