@@ -57,6 +57,7 @@ def render(entry: Entry) -> str:
         pairs=pairs(entry.measurements),
         machines=list({b.machine.fingerprint: b.machine for b in entry.benchmarks}.values()),
         gguf=_recommended_gguf(entry),
+        packed=next((a for a in entry.artifacts if a.kind == "packed" and _passed(entry, a)), None),
         transformers=_transformers_folder(entry),
         requirements=_requirements(entry),
         limitations=limitations(entry),

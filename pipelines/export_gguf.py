@@ -21,7 +21,7 @@ from pipelines.dequantize import FLOAT16_MAX, llama3_factors, permute
 from pipelines.families import Family, family_of
 from zoo.errors import FormatError, NumericsError, SourceError, UsageError, ZooError
 from zoo.files import atomic_file
-from zoo.formats import TensorInfo, check_safetensors
+from zoo.formats import TensorInfo, check_safetensors, weight_files
 from zoo.progress import track
 
 # What llama.cpp can write without an importance matrix, and its number for it (llama_ftype).
@@ -89,9 +89,8 @@ def _open(folder: Path) -> _Model:
     config = AutoConfig.from_pretrained(folder)
     family = family_of(config.to_dict())
     found: dict[str, tuple[Path, TensorInfo]] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        if path.name != "grid.safetensors":
-            found |= {tensor.name: (path, tensor) for tensor in check_safetensors(path)}
+    for path in weight_files(folder):
+        found |= {tensor.name: (path, tensor) for tensor in check_safetensors(path)}
     for name in list(found):
         tied = config.tie_word_embeddings and name.startswith(f"{family.head}.")
         if tied or _SKIPPED.search(name):

@@ -220,7 +220,13 @@ class Gguf(Part):
     )
 
 
-Export = Annotated[Safetensors | CompressedTensors | Gguf, Field(discriminator="kind")]
+class Packed(Part):
+    """One file for this project's sparse runner: integers of the last grid, int8 where there is none."""
+
+    kind: Literal["packed"]
+
+
+Export = Annotated[Safetensors | CompressedTensors | Gguf | Packed, Field(discriminator="kind")]
 
 
 class VerifyWith(Part):

@@ -12,6 +12,7 @@ import platform
 import shutil
 import socket
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -41,6 +42,7 @@ from pipelines.recipe import (
     CompressedTensors,
     Evaluation,
     Gguf,
+    Packed,
     Passage,
     Prune,
     Quantize,
@@ -50,7 +52,7 @@ from pipelines.recipe import (
     SparsityPattern,
 )
 from zoo import __version__
-from zoo.analyze import analyze
+from zoo.analyze import analyze, layout_name
 from zoo.entry import Artifact, Benchmark, Entry, Measurement, Stage, Status, Verification
 from zoo.errors import PatternError, RecipeError
 from zoo.files import (
@@ -63,10 +65,12 @@ from zoo.files import (
     told_plainly,
     write_json,
 )
-from zoo.formats import check_safetensors
+from zoo.formats import check_safetensors, weight_files
 from zoo.machine import this_machine
 from zoo.progress import say
 from zoo.registry.registry import Registry
+from zoo.runner import native, packed
+from zoo.runner.pack import pack_folder
 
 LIBRARIES = (
     "torch", "transformers", "tokenizers", "safetensors", "numpy", "lm-eval", "datasets", "gguf",
@@ -77,7 +81,15 @@ SOLVER_CODE = ("compress", "solve", "masks", "grids", "layers", "allocate", "che
 EVALUATION_CODE = ("evaluate", "harness", "text")
 CARD = "README.md"  # the entry gets its own; that of the base, if it has one, says other things
 TASKS = Path(__file__).parent / "tasks"
-EXPORT_CODE = ("export_gguf", "gguf_tokenizer", "export_compressed", "checkpoint", "grids", "families")
+PACK_CODE = tuple(
+    f"../zoo/{name}"
+    for name in ("runner/pack", "runner/grid", "runner/config", "runner/checkpoint", "runner/format",
+                 "runner/packed", "compressed_tensors")
+)  # fmt: skip
+EXPORT_CODE = (
+    "export_gguf", "gguf_tokenizer", "export_compressed", "checkpoint", "grids", "families", *PACK_CODE,
+)  # fmt: skip
+RUNNER_CODE = tuple(f"../zoo/runner/{name}" for name in ("engine", "native", "numpy_engine", "rope"))
 
 
 @dataclass
@@ -175,7 +187,7 @@ def _run(recipe: Recipe, recipe_yaml: str, recipe_sha256: str, run_: Run) -> Ent
 
 def _check_groups(recipe: Recipe, base: sources.Base) -> None:
     """Raise PatternError for a group that does not divide its layer: the solver would, after hours."""
-    tensors = [tensor for shard in base.folder.glob("*.safetensors") for tensor in check_safetensors(shard)]
+    tensors = [tensor for shard in weight_files(base.folder) for tensor in check_safetensors(shard)]
     widths = {tensor.name.removesuffix(".weight"): tensor.shape[-1] for tensor in tensors if tensor.shape}
     for number, step in enumerate(recipe.steps, 1):
         for layer, width in sorted(widths.items()):
@@ -353,6 +365,8 @@ def _exported(recipe: Recipe, base: sources.Base, model: tuple[Path, str], run_:
                 target.mkdir()
                 export_compressed.export_compressed_tensors(folder, target)
                 (target / CARD).unlink(missing_ok=True)
+            elif isinstance(setting, Packed):
+                pack_folder(folder, out / packed.FILE)
             else:
                 export_gguf.export_gguf(folder, out, setting.types, name=recipe.name, license=base.license)
         (out / "recipe.yaml").write_text(recipe.to_yaml())
@@ -401,7 +415,10 @@ def _verified(
             },
         )
 
-    key = _key("verify", exports.name, threads, this_machine().fingerprint, code=("verify",))
+    engine = sha256_file(native.EXTENSION) if native.EXTENSION else "numpy"
+    key = _key(
+        "verify", exports.name, threads, this_machine().fingerprint, engine, code=("verify", *RUNNER_CODE)
+    )
     try:
         found = json.loads((run_.stage("verify", key, check) / "verified.json").read_text())
     except _NotVerified as failed:
@@ -463,6 +480,8 @@ def _artifacts(exports: Path) -> list[Artifact]:
         form = None
         if name.endswith(".gguf"):
             kind, form = "gguf", name.removesuffix(".gguf").rpartition("-")[2]
+        elif name == packed.FILE:
+            kind, form = "packed", _packed_format(exports / path)
         elif path.startswith("compressed-tensors/"):
             kind = "compressed-tensors"
         elif name.endswith((".safetensors", ".safetensors.index.json")):
@@ -483,6 +502,15 @@ def _artifacts(exports: Path) -> list[Artifact]:
             )
         )
     return found
+
+
+def _packed_format(path: Path) -> str:
+    """The layout that holds most of the decoder's weights."""
+    weights: Counter[str] = Counter()
+    for name, layout in packed.Packed(path).layouts.items():
+        if name.startswith("layers."):
+            weights[layout_name(layout)] += layout.rows * layout.columns
+    return weights.most_common(1)[0][0]
 
 
 def _place(entry: Entry, exports: Path, store: Store) -> None:
@@ -507,7 +535,7 @@ def _place(entry: Entry, exports: Path, store: Store) -> None:
 
 def _key(*parts: Any, code: Sequence[str]) -> str:
     """Hash of a stage's settings and inputs, its code, and the libraries."""
-    sources_ = [sha256_file(Path(__file__).with_name(f"{module}.py")) for module in code]
+    sources_ = [sha256_file(Path(__file__).parent / f"{module}.py") for module in code]
     return sha256_json([list(parts), sources_, _versions()])
 
 

@@ -18,7 +18,7 @@ from pipelines import dequantize
 from pipelines.families import Family, family_of
 from zoo.errors import FormatError, NumericsError, SourceError
 from zoo.files import Store, sha256_file, sha256_json
-from zoo.formats import check_gguf, check_safetensors
+from zoo.formats import check_gguf, check_safetensors, weight_files
 from zoo.progress import say, track
 
 # What a model folder is made of. Pickled weights are never fetched or read.
@@ -198,7 +198,7 @@ def _config(folder: Path) -> dict[str, Any]:
 def _shards(folder: Path) -> list[Path]:
     """The weight files that the index names, or all there are; every one checked."""
     index = folder / "model.safetensors.index.json"
-    shards = sorted(folder.glob("*.safetensors"))
+    shards = weight_files(folder)
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))

@@ -1,8 +1,8 @@
-"""Does a GGUF file run, and does it say what the model says? Checked with llama.cpp, in a process of its own.
+"""Does an exported file run, and does it say what the model says? Checked in a process of its own.
 
 `reference` computes the exported model's logits with transformers once; `verify_gguf` has llama.cpp
-compute them from each GGUF for the same token ids. Native code that crashes or hangs takes only the
-child process with it and becomes a failed verification.
+compute them from each GGUF for the same token ids, `verify_packed` our own runner from the packed file.
+Native code that crashes or hangs takes only the child process with it and becomes a failed verification.
 
 The child is `python -m pipelines.verify FOLDER`: it reads FOLDER/job.json and writes its answer there.
 """
@@ -24,18 +24,21 @@ from contextlib import redirect_stderr
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.export_gguf import TYPES
+from zoo import __version__
 from zoo.entry import Benchmark, Verification
 from zoo.errors import ZooError
 from zoo.machine import this_machine
 from zoo.progress import say
+from zoo.runner import packed
 
-RUNNER = "llama.cpp"
+LLAMA_CPP = "llama.cpp"
+ZOO = "zoo"
 SAMPLE_TOKENS = 32
 PREFILL_TOKENS = 512
 DECODE_TOKENS = 64
@@ -97,6 +100,8 @@ TOLERANCES = {
     "Q3_K_L": Tolerance(0.40, 1.20), "Q3_K_M": Tolerance(0.40, 1.20), "Q3_K_S": Tolerance(0.30, 2.0),
     "Q2_K": Tolerance(0.20, 3.0),
 }  # fmt: skip
+# A packed file has the model's own weights, or int8 ones where they lie on no grid; the rest is arithmetic.
+PACKED_TOLERANCE = Tolerance(0.90, 0.003)
 # What a bfloat16 reference (a model too large for float32 here) may differ by on its own.
 _BFLOAT16 = Tolerance(0.07, 0.01)
 
@@ -157,15 +162,28 @@ def verify_gguf(
     of `timeout_s` seconds included, is a failed Verification with the reason, and then there is no
     Benchmark.
     """
-    say(f"verifying {gguf.name} with llama.cpp")
+    return _verify(LLAMA_CPP, gguf, expected, threads, timeout_s)
+
+
+def verify_packed(
+    path: Path, expected: Reference, *, threads: int, timeout_s: float = TIMEOUT_S
+) -> tuple[Verification, Benchmark | None]:
+    """Run the packed file with our own runner and compare it with `expected`, as `verify_gguf` does."""
+    return _verify(ZOO, path, expected, threads, timeout_s)
+
+
+def _verify(
+    runner: str, path: Path, expected: Reference, threads: int, timeout_s: float
+) -> tuple[Verification, Benchmark | None]:
+    say(f"verifying {path.name} with {runner}")
     with tempfile.TemporaryDirectory(prefix="zoo-verify-") as scratch:
-        job = {"gguf": str(gguf.absolute()), "threads": threads}
+        job = {"runner": runner, "path": str(path.absolute()), "threads": threads}
         answer = {"do": "answer", "ids": expected.ids, "texts": expected.texts}
         found = _child(Path(scratch) / "answer", job | answer, timeout_s)
         if isinstance(found, str):
-            return _verification(gguf, found), None
+            return _verification(runner, path, found), None
         logits = np.load(Path(scratch) / "answer" / "logits.npy", mmap_mode="r")
-        verification = _compare(gguf, found, logits, expected)
+        verification = _compare(runner, path, found, logits, expected)
         del logits
         if not verification.passed:
             return verification, None
@@ -174,9 +192,9 @@ def verify_gguf(
     if isinstance(speed, str):
         return verification.model_copy(update={"passed": False, "reason": speed}), None
     return verification, Benchmark(
-        runner=RUNNER,
-        runner_version=_version(),
-        artifact=gguf.name,
+        runner=runner,
+        runner_version=_version(runner),
+        artifact=path.name,
         threads=threads,
         repeats=REPEATS,
         machine=this_machine(),
@@ -196,11 +214,12 @@ def verify_all(model: Path, exports: Path, *, threads: int) -> tuple[list[Verifi
         return [_verification_of_folder(weights, "its logits are NaN or infinite")], []
     if (exports / weights).is_file():
         verifications.append(_verification_of_folder(weights, None))
-    packed = exports / "compressed-tensors"
-    if packed.is_dir():
-        verifications.append(verify_folder(packed, expected))
-    for gguf in sorted(exports.glob("*.gguf")):
-        verification, benchmark = verify_gguf(gguf, expected, threads=threads)
+    compressed = exports / "compressed-tensors"
+    if compressed.is_dir():
+        verifications.append(verify_folder(compressed, expected))
+    for path in sorted([*exports.glob("*.gguf"), *exports.glob(packed.FILE)]):
+        check = verify_packed if path.name == packed.FILE else verify_gguf
+        verification, benchmark = check(path, expected, threads=threads)
         verifications.append(verification)
         if benchmark is not None:
             benchmarks.append(benchmark)
@@ -245,15 +264,19 @@ def _verification_of_folder(artifact: str, failure: str | None, **facts: Any) ->
     )
 
 
-def _version() -> str:
-    return f"llama-cpp-python {version('llama-cpp-python')}"
+def _version(runner: str) -> str:
+    if runner == LLAMA_CPP:
+        return f"llama-cpp-python {version('llama-cpp-python')}"
+    from zoo.runner import native
+
+    return f"{__version__} ({native.ISA if native.AVAILABLE else 'NumPy'})"
 
 
-def _verification(gguf: Path, failure: str | None, **facts: Any) -> Verification:
+def _verification(runner: str, path: Path, failure: str | None, **facts: Any) -> Verification:
     return Verification(
-        runner=RUNNER,
-        runner_version=_version(),
-        artifact=gguf.name,
+        runner=runner,
+        runner_version=_version(runner),
+        artifact=path.name,
         passed=failure is None,
         reason=failure or "tokenizer, logits and a greedy sample agree with the exported model",
         **facts,
@@ -261,35 +284,38 @@ def _verification(gguf: Path, failure: str | None, **facts: Any) -> Verification
 
 
 def _compare(
-    gguf: Path, found: dict[str, Any], logits: NDArray[np.float32], expected: Reference
+    runner: str, path: Path, found: dict[str, Any], logits: NDArray[np.float32], expected: Reference
 ) -> Verification:
-    names = {str(number): name for name, number in TYPES.items()}
-    if (kind := names.get(found["file_type"])) is None:
-        return _verification(gguf, f"unknown general.file_type {found['file_type']}")
+    kind, tolerance = "a packed file", PACKED_TOLERANCE
+    if runner == LLAMA_CPP:
+        names = {str(number): name for name, number in TYPES.items()}
+        if (file_type := names.get(found["file_type"])) is None:
+            return _verification(runner, path, f"unknown general.file_type {found['file_type']}")
+        kind, tolerance = file_type, TOLERANCES[file_type]
     for text, ours, theirs in zip(expected.texts, expected.text_ids, found["text_ids"], strict=True):
         if ours != theirs:
             pairs = enumerate(zip(ours, theirs, strict=False))
             at = next((i for i, (a, b) in pairs if a != b), min(len(ours), len(theirs)))
             return _verification(
-                gguf,
-                f"llama.cpp tokenizes {text[:40]!r} differently, from token {at}: "
+                runner,
+                path,
+                f"{runner} tokenizes {text[:40]!r} differently, from token {at}: "
                 f"{theirs[at : at + 4]} instead of {ours[at : at + 4]}",
             )
     wanted = (sum(map(len, expected.ids)), expected.log_probabilities[0].shape[1])
     if logits.shape != wanted:
-        return _verification(gguf, f"llama.cpp gave logits of shape {logits.shape}, not {wanted}")
+        return _verification(runner, path, f"{runner} gave logits of shape {logits.shape}, not {wanted}")
     divergence, agreement = [], []
     start = 0
     for target in expected.log_probabilities:
         own = logits[start : start + len(target)].astype(np.float64)
         start += len(target)
         if not np.isfinite(own).all():
-            return _verification(gguf, "llama.cpp gave logits that are NaN or infinite")
+            return _verification(runner, path, f"{runner} gave logits that are NaN or infinite")
         own -= np.logaddexp.reduce(own, axis=1, keepdims=True)
         divergence.append((np.exp(target, dtype=np.float64) * (target - own)).sum(axis=1))
         agreement.append(own.argmax(axis=1) == target.argmax(axis=1))
     kl, top1 = float(np.concatenate(divergence).mean()), float(np.concatenate(agreement).mean())
-    tolerance = TOLERANCES[kind]
     if expected.dtype != "float32":
         tolerance = Tolerance(tolerance.min_top1 - _BFLOAT16.min_top1, tolerance.max_kl + _BFLOAT16.max_kl)
     sample = expected.tokenizer.decode(found["sample"])
@@ -302,7 +328,8 @@ def _compare(
     elif not sample.strip():
         failure = f"its greedy sample of {SAMPLE_TOKENS} tokens is empty"
     return _verification(
-        gguf,
+        runner,
+        path,
         failure,
         top1_agreement=top1,
         kl_divergence=max(kl, 0.0),  # rounding can leave a negative zero of 1e-9
@@ -322,7 +349,7 @@ def _child(scratch: Path, job: dict[str, Any], timeout_s: float) -> dict[str, An
         try:
             done = subprocess.run(command, stdout=log, stderr=log, timeout=timeout_s, check=False)
         except subprocess.TimeoutExpired:
-            return f"llama.cpp did not finish within {timeout_s:.0f} s"
+            return f"{job['runner']} did not finish within {timeout_s:.0f} s"
     answer = scratch / "answer.json"
     if done.returncode == 0 and answer.is_file():
         found: dict[str, Any] = json.loads(answer.read_bytes())
@@ -331,49 +358,116 @@ def _child(scratch: Path, job: dict[str, Any], timeout_s: float) -> dict[str, An
     last = lines[-1].strip()[:300] if lines else "no message"
     if done.returncode < 0:
         name = signal.Signals(-done.returncode).name
-        return f"llama.cpp crashed ({name}): {last}"
-    return f"llama.cpp failed: {last}"
+        return f"{job['runner']} crashed ({name}): {last}"
+    return f"{job['runner']} failed: {last}"
 
 
 # In the child
 
 
-def _load(job: dict[str, Any], *, context: int, every_logit: bool) -> Any:
-    import llama_cpp
+class _Model(Protocol):
+    """A loaded model with one sequence, which begins again with `restart`."""
 
-    return llama_cpp.Llama(
-        job["gguf"],
-        n_ctx=context,
-        n_batch=PREFILL_TOKENS,
-        n_threads=job["threads"],
-        n_threads_batch=job["threads"],
-        logits_all=every_logit,
-        verbose=False,
-    )
+    vocabulary: int
+    context: int  # that the model was made for
+
+    def restart(self) -> None: ...
+
+    def eval(self, ids: list[int]) -> NDArray[np.float32]:
+        """Go on with `ids`; logits after each of them, or after the last, as the model was opened."""
+
+    def tokenize(self, text: str) -> list[int]: ...
+
+
+class _LlamaCpp:
+    def __init__(self, job: dict[str, Any], *, context: int, every_logit: bool) -> None:
+        import llama_cpp
+
+        self._llama = llama_cpp.Llama(
+            job["path"],
+            n_ctx=context,
+            n_batch=PREFILL_TOKENS,
+            n_threads=job["threads"],
+            n_threads_batch=job["threads"],
+            logits_all=every_logit,
+            verbose=False,
+        )
+        self._every = every_logit
+        self.vocabulary: int = self._llama.n_vocab()
+        metadata = self._llama.metadata
+        architecture = metadata.get("general.architecture")
+        self.context = int(metadata.get(f"{architecture}.context_length", PREFILL_TOKENS))
+        self.file_type: str | None = metadata.get("general.file_type")
+
+    def restart(self) -> None:
+        self._llama.reset()
+
+    def eval(self, ids: list[int]) -> NDArray[np.float32]:
+        self._llama.eval(ids)
+        end = self._llama.n_tokens
+        scores: NDArray[np.float32] = self._llama.scores[end - len(ids) if self._every else end - 1 : end]
+        return scores
+
+    def tokenize(self, text: str) -> list[int]:
+        ids: list[int] = self._llama.tokenize(text.encode(), add_bos=True, special=True)
+        return ids
+
+
+class _Zoo:
+    def __init__(self, job: dict[str, Any], *, context: int, every_logit: bool) -> None:
+        from tokenizers import Tokenizer
+
+        from zoo.runner.engine import open_engine
+
+        opened = packed.Packed(Path(job["path"]))
+        self.vocabulary, self.context = opened.architecture.vocabulary, opened.architecture.context
+        self._engine = open_engine(opened, context=min(context, self.context), threads=job["threads"])
+        if opened.tokenizer_json is None:
+            raise ValueError("there is no tokenizer.json in it")
+        self._tokenizer = Tokenizer.from_str(opened.tokenizer_json.decode())
+        self._every = every_logit
+        self._end = 0
+
+    def restart(self) -> None:
+        self._end = 0
+
+    def eval(self, ids: list[int]) -> NDArray[np.float32]:
+        positions = np.arange(self._end, self._end + len(ids), dtype=np.int32)
+        self._end += len(ids)
+        wanted = np.arange(0 if self._every else len(ids) - 1, len(ids), dtype=np.int32)
+        return self._engine.forward(np.array(ids, np.int32), np.zeros_like(positions), positions, wanted)
+
+    def tokenize(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer.encode(text).ids
+        return ids
+
+
+def _load(job: dict[str, Any], *, context: int, every_logit: bool) -> _Model:
+    runner = _LlamaCpp if job["runner"] == LLAMA_CPP else _Zoo
+    return runner(job, context=context, every_logit=every_logit)
 
 
 def _answer(job: dict[str, Any], scratch: Path) -> dict[str, Any]:
     """Logits of every prompt at every position (to logits.npy), all texts tokenized, a greedy sample."""
     longest = max(map(len, job["ids"]))
     model = _load(job, context=longest + SAMPLE_TOKENS, every_logit=True)
-    shape = (sum(map(len, job["ids"])), model.n_vocab())
+    shape = (sum(map(len, job["ids"])), model.vocabulary)
     logits = np.lib.format.open_memmap(scratch / "logits.npy", mode="w+", dtype=np.float32, shape=shape)
     start = 0
     for ids in job["ids"]:
-        model.reset()
-        model.eval(ids)
-        logits[start : start + len(ids)] = model.scores[: len(ids)]
+        model.restart()
+        logits[start : start + len(ids)] = model.eval(ids)
         start += len(ids)
-    model.reset()
-    model.eval(job["ids"][0])
+    model.restart()
+    last = model.eval(job["ids"][0])[-1]
     sample: list[int] = []
-    for _ in range(SAMPLE_TOKENS):
-        sample.append(int(model.scores[model.n_tokens - 1].argmax()))
-        model.eval(sample[-1:])
+    for _ in range(min(SAMPLE_TOKENS, model.context - len(job["ids"][0]))):
+        sample.append(int(last.argmax()))
+        last = model.eval(sample[-1:])[-1]
     return {
         "sample": sample,
-        "text_ids": [model.tokenize(text.encode(), add_bos=True, special=True) for text in job["texts"]],
-        "file_type": model.metadata.get("general.file_type"),
+        "text_ids": [model.tokenize(text) for text in job["texts"]],
+        "file_type": getattr(model, "file_type", None),  # of a GGUF
     }
 
 
@@ -384,14 +478,11 @@ def _speed(job: dict[str, Any]) -> dict[str, Any]:
     model.eval(job["ids"][0][:1])  # the weights are read from disk only when they are used
     load_s = time.perf_counter() - began
     (known,) = job["ids"]
-    context = int(
-        model.metadata.get(f"{model.metadata['general.architecture']}.context_length", PREFILL_TOKENS)
-    )
-    length = max(min(PREFILL_TOKENS, context - DECODE_TOKENS), 1)
+    length = max(min(PREFILL_TOKENS, model.context - DECODE_TOKENS), 1)
     prompt = (known * (length // len(known) + 1))[:length]
     prefill, decode = [], []
     for _ in range(REPEATS):
-        model.reset()
+        model.restart()
         began = time.perf_counter()
         model.eval(prompt)
         prefill.append(len(prompt) / (time.perf_counter() - began))

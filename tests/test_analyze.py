@@ -17,6 +17,7 @@ from tests.tiny import tiny_llama
 from zoo.analyze import Analysis, analyze, smallest_bits
 from zoo.entry import Layer
 from zoo.errors import FormatError, UsageError
+from zoo.runner.pack import pack_folder
 
 
 def prune(folder: Path, fraction: float) -> dict[str, torch.Tensor]:
@@ -160,6 +161,34 @@ def test_model_folder(tmp_path: Path) -> None:
     saved = 256 * 128 * (16 - smallest_bits(described))
     assert found.smallest_bits_per_weight == pytest.approx(16 - saved / found.weights)
     assert found.compression_ratio == pytest.approx(16 / found.smallest_bits_per_weight)
+
+
+def test_packed(tmp_path: Path) -> None:
+    """A packed file has the zeros of the folder it was made of, and is no shard of that folder."""
+    folder = tiny_llama(tmp_path / "m")
+    tensors = prune(folder, 0.7)
+    beside = analyze(folder)
+    report = pack_folder(folder)
+    assert analyze(folder).model_copy(update={"path": ""}) == beside.model_copy(update={"path": ""})
+    found = analyze(folder / "packed.safetensors")
+    assert found.format == "packed"
+    by_name = {t.name: t for t in found.tensors}
+    up = tensors["model.layers.1.mlp.up_proj.weight"]
+    packed = by_name["layers.1.up"]
+    assert (packed.dtype, packed.shape, packed.linear) == ("int8 mask", list(up.shape), True)
+    # Rounding to int8 makes a few more zeros.
+    zeros = (up == 0).double().mean().item()
+    assert zeros <= (packed.sparsity or 0) < zeros + 0.01
+    assert packed.bits_per_weight == next(m.bits_per_weight for m in report.matrices if m.name == packed.name)
+    assert by_name["embed"].sparsity == next(m.sparsity for m in report.matrices if m.name == "embed")
+    assert by_name["norm.weight"].dtype == "F32"
+    assert not by_name["embed"].linear
+    (folder / "model.safetensors").unlink()
+    assert analyze(folder).tensors == found.tensors
+    with (folder / "packed.safetensors").open("r+b") as file:
+        file.truncate(1000)
+    with pytest.raises(FormatError):
+        analyze(folder)
 
 
 def test_refused(tmp_path: Path) -> None:

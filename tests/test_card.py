@@ -148,6 +148,14 @@ def test_only_a_verified_gguf_is_recommended() -> None:
     assert "llama_cpp" not in render(entry(verifications=failed))
 
 
+def test_a_verified_packed_file_has_its_command() -> None:
+    packed = entry().artifacts[0].model_copy(update={"path": "packed.safetensors", "kind": "packed"})
+    checked = entry().verifications[0].model_copy(update={"artifact": "packed.safetensors", "runner": "zoo"})
+    both = entry(artifacts=[packed], verifications=[checked])
+    assert "zoo generate packed.safetensors " in render(both)
+    assert "zoo generate" not in render(entry(artifacts=[packed], verifications=[]))
+
+
 def test_kinds_of_layers_weigh_by_size() -> None:
     made = layers(2)
     made[0] = made[0].model_copy(update={"sparsity": 0.0, "pattern": None, "window": None})

@@ -42,6 +42,7 @@ RECIPE: Mapping[str, Any] = {
     "exports": [
         {"kind": "safetensors"},
         {"kind": "compressed-tensors"},
+        {"kind": "packed"},
         {"kind": "gguf", "types": ["F16", "Q8_0"]},
     ],
     "verification": {"threads": 1},
@@ -133,8 +134,11 @@ def check_entry(place: Place, name: str, family: str) -> Entry:
     assert {a.format for a in entry.artifacts if a.kind == "gguf"} == {"F16", "Q8_0"}
     passed = {v.artifact for v in entry.verifications if v.passed}
     ggufs = {f"{name}-F16.gguf", f"{name}-Q8_0.gguf"}
-    assert passed == {"model.safetensors", "compressed-tensors", *ggufs}
-    assert {b.artifact for b in entry.benchmarks} == ggufs
+    assert passed == {"model.safetensors", "compressed-tensors", "packed.safetensors", *ggufs}
+    assert {b.artifact for b in entry.benchmarks} == {"packed.safetensors", *ggufs}
+    assert [(a.path, a.format) for a in entry.artifacts if a.kind == "packed"] == [
+        ("packed.safetensors", "int5 8:16 window 8")
+    ]
     assert {(m.subject, m.metric) for m in entry.measurements} >= {
         ("base", "perplexity"),
         ("entry", "perplexity"),

@@ -13,9 +13,19 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from pipelines.export_gguf import TYPES, export_gguf
-from pipelines.verify import PROMPTS, TOLERANCES, Reference, reference, verify_gguf
+from pipelines.verify import (
+    PACKED_TOLERANCE,
+    PROMPTS,
+    TOLERANCES,
+    Reference,
+    reference,
+    verify_gguf,
+    verify_packed,
+)
 from tests.tiny import tiny_llama, tiny_mistral
 from zoo.entry import Benchmark, Verification
+from zoo.runner.pack import pack_folder
+from zoo.runner.packed import Packed
 
 SHARED = Path(os.environ.get("ZOO_SHARED", Path(__file__).parents[2] / "shared"))
 
@@ -144,6 +154,61 @@ def test_crash_and_hang(folder: Path, expected: Reference, tmp_path: Path) -> No
     assert "did not finish" in found.reason
 
 
+# --- the sparse runner ---
+
+
+def check_packed(path: Path, expected: Reference) -> tuple[Verification, Benchmark | None]:
+    return verify_packed(path, expected, threads=1, timeout_s=120)
+
+
+@pytest.fixture(scope="module")
+def packed_file(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("packed") / "packed.safetensors"
+    pack_folder(folder, out)
+    return out
+
+
+def test_a_packed_file_passes(packed_file: Path, expected: Reference) -> None:
+    found, speed = check_packed(packed_file, expected)
+    assert found.passed, found.reason
+    assert (found.runner, found.artifact) == ("zoo", "packed.safetensors")
+    assert found.positions == sum(map(len, expected.ids))
+    assert found.kl_divergence is not None and found.kl_divergence < 1e-3
+    assert found.sample
+    assert speed is not None
+    assert (speed.runner, speed.prompt_tokens, speed.generated_tokens) == ("zoo", 448, 64)
+    assert speed.prefill_tokens_per_s > 0 and speed.decode_tokens_per_s > 0 and speed.load_s > 0
+    assert 10e6 < speed.peak_memory_bytes < 400e6
+
+
+@pytest.mark.parametrize("part", ["layers.1.down.values", "layers.0.q.scales", "embed.values", "norm.weight"])
+def test_a_packed_file_with_a_damaged_tensor(
+    packed_file: Path, expected: Reference, tmp_path: Path, part: str
+) -> None:
+    data = bytearray(packed_file.read_bytes())
+    tensor = Packed(packed_file).tensors[part]
+    values = np.frombuffer(data[tensor.offset : tensor.offset + tensor.size], dtype=np.uint16)
+    shuffled = np.random.default_rng(0).permutation(values).tobytes()
+    if part == "norm.weight":
+        shuffled = np.full(tensor.size // 4, np.nan, np.float32).tobytes()
+    data[tensor.offset : tensor.offset + tensor.size] = shuffled
+    bad = tmp_path / "packed.safetensors"
+    bad.write_bytes(data)
+    found, speed = check_packed(bad, expected)
+    assert (found.passed, speed) == (False, None)
+    assert "not the model's" in found.reason or "finite" in found.reason or "NaN" in found.reason
+
+
+def test_a_packed_file_that_is_none(expected: Reference, packed_file: Path, tmp_path: Path) -> None:
+    bad = tmp_path / "packed.safetensors"
+    bad.write_bytes(packed_file.read_bytes()[:-5])
+    found, speed = check_packed(bad, expected)
+    assert (found.passed, speed) == (False, None)
+    assert found.reason.startswith("zoo failed")
+    found, _ = verify_packed(packed_file, expected, threads=1, timeout_s=0.05)
+    assert "did not finish" in found.reason
+
+
 @pytest.mark.real
 @pytest.mark.parametrize("source", ["mpt-25m", "smollm2"])
 def test_tolerances(tmp_path: Path, source: str) -> None:
@@ -157,6 +222,10 @@ def test_tolerances(tmp_path: Path, source: str) -> None:
     elif not (folder := SHARED / "models" / "mpt-25m").is_dir():
         pytest.skip(f"no {folder}; set ZOO_SHARED")
     expected = reference(folder)
+    pack_folder(folder, tmp_path / "packed.safetensors")
+    found, _ = verify_packed(tmp_path / "packed.safetensors", expected, threads=2)
+    assert found.passed, found.reason
+    assert found.kl_divergence is not None and found.kl_divergence < PACKED_TOLERANCE.max_kl / 1.5
     kinds = ["F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "Q3_K_M", "Q2_K"]
     for kind, path in export_gguf(folder, tmp_path, kinds, name=source, license=None).items():
         found, _ = verify_gguf(path, expected, threads=2)

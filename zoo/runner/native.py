@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from importlib import import_module
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -30,6 +31,7 @@ else:
     WHY_NOT = ""
 
 AVAILABLE = _native is not None
+EXTENSION = Path(_native.__file__) if AVAILABLE else None  # the compiled file that runs
 MOST_THREADS = 1024
 ISA = os.environ.get("ZOO_ISA") or (_native.best_isa() if AVAILABLE else "numpy")
 
@@ -59,7 +61,6 @@ class NativeEngine:
         self.slots = slots
         self.context = context
         self.threads = threads or this_machine().cores
-        self._filled = np.zeros(slots, np.int64)
         self._table_for = 0  # length whose rotation table is set
         if self.threads > MOST_THREADS:
             raise UsageError(f"{self.threads} threads are too many", expected=f"at most {MOST_THREADS}")
@@ -72,6 +73,7 @@ class NativeEngine:
         )
         if needed > psutil.virtual_memory().total:
             raise no_memory
+        self._filled = np.zeros(slots, np.int64)
         try:
             self._model: Any = _native.Model(
                 vocabulary=a.vocabulary,

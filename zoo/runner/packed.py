@@ -63,7 +63,7 @@ class Architecture(_Strict):
     tied: bool  # the head is the embedding matrix
     rope: dict[str, Any] | None = None  # transformers' rope_parameters; None: no rotation
     alibi_bias_max: float | None = None  # ALiBi with slopes as in MPT; None: no bias
-    sliding_window: int | None = Field(default=None, gt=0, le=1 << 28)  # positions a token sees, itself included
+    sliding_window: int | None = Field(default=None, gt=0, le=1 << 28)  # positions seen, its own included
     clip_qkv: float | None = Field(default=None, gt=0)
     softmax_scale: float = Field(gt=0)  # of q . k
     logit_scale: float = 1.0
@@ -136,7 +136,15 @@ class Packed:
             self.text = Text.model_validate_json(metadata["text"])
             layouts = json.loads(metadata["layouts"])
             self.layouts = {str(name): _layout(fields) for name, fields in layouts.items()}
-        except (KeyError, TypeError, ValueError, AttributeError, RecursionError, ValidationError) as error:
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            where = ".".join(map(str, first["loc"])) or "JSON"
+            raise FormatError(
+                f"{path} does not describe its model", saw=f"{where}: {first['msg']}"[:200]
+            ) from error
+        except FormatError as error:
+            raise FormatError(f"{path}: {error.what}", saw=error.saw, expected=error.expected) from error
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise FormatError(
                 f"{path} does not describe its model", saw=str(error).splitlines()[0][:200]
             ) from error

@@ -3,6 +3,11 @@
 #include <stdexcept>
 #include <string>
 
+#if defined(ZOO_ARM) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
+
 #include "kernels.h"
 
 namespace zoo {
@@ -43,6 +48,16 @@ static bool has_avx512() {
 }
 #endif
 
+#ifdef ZOO_ARM
+static bool has_dot_product() {
+#ifdef __linux__
+    return getauxval(AT_HWCAP) & HWCAP_ASIMDDP;
+#else
+    return true;  // Apple's all have it
+#endif
+}
+#endif
+
 static const Kernels *find(const std::string &name) {
     if (name == "scalar") return &scalar_kernels;
 #ifdef ZOO_X86
@@ -50,7 +65,7 @@ static const Kernels *find(const std::string &name) {
     if (name == "avx512") return has_avx512() ? &avx512_kernels : nullptr;
 #endif
 #ifdef ZOO_ARM
-    if (name == "neon") return &neon_kernels;
+    if (name == "neon") return has_dot_product() ? &neon_kernels : nullptr;
 #endif
     return nullptr;
 }

@@ -45,7 +45,6 @@ struct V {
     }
     static float sum(F a) { return vaddvq_f32(a); }
     static float largest(F a) { return vmaxvq_f32(a); }
-    static float nearest(float x) { return vrndns_f32(x); }
     static void to_half(const float *x, uint16_t *to, int n) {
         int i = 0;
         for (; i + 4 <= n; i += 4) vst1_u16(to + i, vreinterpret_u16_f16(vcvt_f16_f32(load(x + i))));

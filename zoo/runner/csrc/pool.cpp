@@ -47,8 +47,9 @@ Pool::~Pool() {
         stop();
         return;
     }
-    // The threads are in the other process: nobody will ever be joined, or leave the condition variable.
-    for (auto &worker : workers_) worker.detach();
+    // The threads are in the other process: nobody will ever be joined, or leave the condition variable. Their
+    // handles may even be those of this process's own threads by now, so both are left alone.
+    new std::vector<std::thread>(std::move(workers_));
     wake_.release();
 }
 
