@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from zoo.errors import PatternError
-
-BLOCK = 16  # columns of a block of the banded pattern
+from zoo.runner.format import BLOCK, window_starts
 
 
 @dataclass(frozen=True)
@@ -82,16 +81,6 @@ def _largest(scores: Tensor, keep: int) -> Tensor:
         exact = torch.zeros_like(scores[tied], dtype=torch.bool)
         mask[tied] = exact.scatter_(1, scores[tied].topk(keep, dim=1, sorted=False).indices, True)
     return mask
-
-
-def window_starts(keep: int, window: int) -> list[int]:
-    """First column of the window of the k-th kept weight of a block of 16, k = 0 .. keep-1.
-
-    s_k = clip(round(16 k / keep - (window - 16 / keep) / 2), 0, 16 - window)
-    """
-    spread = BLOCK / keep
-    centred = (round(k * spread - (window - spread) / 2) for k in range(keep))
-    return [min(max(start, 0), BLOCK - window) for start in centred]
 
 
 def top_of_bands(scores: Tensor, keep: int, window: int) -> Tensor:

@@ -14,10 +14,10 @@ from pipelines.masks import (
     magnitude_scores,
     top_fraction,
     wanda_scores,
-    window_starts,
 )
 from tests import reference
 from zoo.errors import PatternError
+from zoo.runner.format import window_starts
 
 COLUMNS = (16, 64, 128, 144, 256, 320)
 KEEPS, WINDOWS = (4, 6, 8, 10, 12), (4, 8)

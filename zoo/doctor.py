@@ -17,6 +17,7 @@ from packaging.requirements import Requirement
 from zoo.entry import Record
 from zoo.errors import ZooError
 from zoo.machine import this_machine
+from zoo.runner import native
 
 LEAST_FREE_BYTES = 5_000_000_000  # a small model with its steps' outputs and exports
 LEAST_MEMORY_BYTES = 2_000_000_000
@@ -35,6 +36,7 @@ def examine(store: Path, registry: str) -> list[Check]:
     """Every check, in the order in which to mend. `broken`: the base install does not work."""
     return [
         *_system(),
+        _engine(),
         _disk(store),
         *_packages(),
         *_runners(),
@@ -75,6 +77,15 @@ def _system() -> list[Check]:
             mend=None if compiler else _compiler_command(),
         ),
     ]
+
+
+def _engine() -> Check:
+    return Check(
+        name="sparse runner",
+        status="ok" if native.AVAILABLE else "missing",
+        found=f"C++, {native.ISA} kernels" if native.AVAILABLE else f"NumPy, which is slow: {native.WHY_NOT}",
+        mend=None if native.AVAILABLE else _compiler_command(),
+    )
 
 
 def _compiler_command() -> str:

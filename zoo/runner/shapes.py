@@ -114,11 +114,14 @@ class Pattern:
     group: int = GROUP
     keep: int = 0  # of 16; banded kinds only
     sparsity: float = 0.0  # mask only
+    head_bits: int = 8  # of embeddings and head, which are dense
 
     def __str__(self) -> str:
         first = {"dense": "dense", "mask": f"{100 * self.sparsity:g}%"}.get(self.kind, f"{self.keep}:16")
         planes = "/planes" if self.kind == "planes" else ""
-        return f"{first}/{self.bits}{planes}" + (f"@{self.group}" if self.group != GROUP else "")
+        group = f"@{self.group}" if self.group != GROUP else ""
+        head = f"/head{self.head_bits}" if self.head_bits != 8 else ""
+        return f"{first}/{self.bits}{planes}{group}{head}"
 
     @property
     def density(self) -> float:
@@ -130,15 +133,14 @@ class Pattern:
         return Layout(self.kind, rows, columns, self.bits, self.group, self.keep, offset_bits)
 
 
-HEAD = Pattern("dense", 8)  # of embeddings and head
 _NOTATION = re.compile(
     r"(?:(?P<dense>dense)|(?P<keep>\d+):16|(?P<percent>\d+(?:\.\d+)?)%)"
-    r"(?:/(?P<bits>\d))?(?P<planes>/planes)?(?:@(?P<group>\d+))?"
+    r"(?:/(?P<bits>\d))?(?P<planes>/planes)?(?:@(?P<group>\d+))?(?:/head(?P<head>[48]))?"
 )
 
 
 def parse_pattern(text: str, bits: int | None = None) -> Pattern:
-    """Read `dense`, `KEEP:16` or `PERCENT%`, each perhaps with /BITS, /planes (KEEP:16 alone) and @GROUP.
+    """Read `dense`, `KEEP:16` or `PERCENT%`, perhaps with /BITS, /planes (KEEP:16 alone), @GROUP, /head4.
 
     `bits`: of a pattern that names none. Otherwise 4 for dense and planes, 5 for KEEP:16 (so a window
     of 8 columns), 8 for PERCENT% (an unstructured mask). Raises UsageError for anything else.
@@ -164,9 +166,10 @@ def parse_pattern(text: str, bits: int | None = None) -> Pattern:
         raise UsageError(
             f"there is no pattern {text!r}" + (f" with {bits} bits" if bits else ""),
             expected="dense/4, dense/8, K:16/4, K:16/5, K:16/6, K:16/4/planes, K:16/8/planes (K "
-            f"{', '.join(map(str, KEEPS))}), P%/4 or P%/8 (unstructured), and @GROUP (a multiple of {PAIR})",
+            f"{', '.join(map(str, KEEPS))}), P%/4 or P%/8 (unstructured), "
+            f"@GROUP (a multiple of {PAIR}), /head4 or /head8",
         )
-    return Pattern(kind, chosen, group, keep, sparsity)
+    return Pattern(kind, chosen, group, keep, sparsity, int((found and found["head"]) or 8))
 
 
 # Random weights
@@ -247,7 +250,7 @@ class Weights:
 
 
 def _pattern_of(matrix: str, pattern: Pattern) -> Pattern:
-    return pattern if matrix.startswith("layers.") else HEAD
+    return pattern if matrix.startswith("layers.") else Pattern("dense", pattern.head_bits)
 
 
 def write_random(path: Path, architecture: Architecture, pattern: Pattern, seed: int = 0) -> None:
