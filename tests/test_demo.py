@@ -99,6 +99,7 @@ def test_the_demo_killed_and_resumed(tmp_path: Path) -> None:
     assert figures["base", "perplexity"] < figures["entry", "perplexity"] < 10 * figures["base", "perplexity"]
     assert figures["entry", "top1_agreement"] > 0.3
     assert figures["base", "accuracy"] > 0.25
-    assert {b.artifact for b in entry.benchmarks} == {a.path for a in entry.artifacts if a.kind == "gguf"}
+    runnable = {a.path for a in entry.artifacts if a.kind in ("gguf", "packed")}
+    assert "packed.safetensors" in runnable and {b.artifact for b in entry.benchmarks} == runnable
     samples = [v.sample for v in entry.verifications if v.sample]
     assert samples and all(re.search(r"[a-z]{3,} [a-z]{2,}", sample) for sample in samples), samples

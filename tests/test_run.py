@@ -290,7 +290,7 @@ def test_the_second_run_does_nothing(made: Place, tmp_path: Path) -> None:
     ("change", "again"),
     [
         ("evaluation.fidelity.windows=3", {"fidelity to the base", "export", "verify"}),
-        ("exports.2.types=[F16]", {"export", "verify"}),
+        ("exports.3.types=[F16]", {"export", "verify"}),
         ("steps.1.grid.group=64", set(STAGES[2:]) - {"perplexity of the base"}),
         ("calibration.seed=1", {*STAGES} - {"perplexity of the base"}),
     ],

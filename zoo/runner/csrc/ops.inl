@@ -118,23 +118,25 @@ static inline float largest_of(const float *x, int n) {
 }
 
 // The nearest integers of x * factor, |x * factor| < 2^22: adding 1.5 * 2^23 leaves them in the lowest bits.
-static inline void nearest(const float *x, float factor, int n, int32_t *to) {
+// Unsigned: what NaN or infinity leaves may wrap; the logits tell of it.
+static inline void nearest(const float *x, float factor, int n, uint32_t *to) {
     for (int i = 0; i < n; ++i) {
         const float shifted = x[i] * factor + 12582912.0f;
         std::memcpy(to + i, &shifted, 4);
-        to[i] -= 0x4b400000;
+        to[i] -= 0x4b400000u;
     }
 }
 
 static inline void round_to_entry(float *x, float scale, size_t entry, Activations &out) {
-    int32_t q[PAIR], sum = 0;
+    uint32_t q[PAIR];
+    int32_t sum = 0;
     nearest(x, scale > 0 ? 1 / scale : 0, PAIR, q);
     int8_t *integers = out.integers.data() + entry * PAIR;
     uint8_t *biased = out.biased.data() + entry * PAIR;
     for (int i = 0; i < PAIR; ++i) integers[i] = int8_t(q[i]);
     for (int i = 0; i < PAIR; ++i) biased[i] = uint8_t(q[i] + 128);
-    for (int i = 0; i < PAIR; ++i) sum += q[i];
-    for (int i = 0; i < PAIR; ++i) x[i] -= float(q[i]) * scale;
+    for (int i = 0; i < PAIR; ++i) sum += integers[i];
+    for (int i = 0; i < PAIR; ++i) x[i] -= float(int32_t(q[i])) * scale;
     out.scale[entry] = scale;
     out.sum[entry] = sum;
 }
@@ -169,7 +171,7 @@ static void store(const KeyValues &kv, size_t row, const float *k, const float *
     }
     auto round = [n](const float *x, int8_t *to, float &scale) {
         scale = largest_of(x, n) / 127;
-        int32_t q[PAIR];
+        uint32_t q[PAIR];
         for (int i = 0; i < n; i += PAIR) {
             const int some = std::min(n - i, PAIR);
             nearest(x + i, scale > 0 ? 1 / scale : 0, some, q);
