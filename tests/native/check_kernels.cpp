@@ -564,7 +564,7 @@ static void check_attention(const Kernels &k) {
                         for (float slope : {0.0f, 0.25f}) {
                             const size_t q_stride = n + 3, out_stride = n + GAP;
                             const std::vector<float> q = normals(tokens * q_stride);
-                            std::vector<float> out(tokens * out_stride, 12345.0f), scores(4 * size_t(position + tokens));
+                            std::vector<float> out(tokens * out_stride, 12345.0f), scores(QUERIES * size_t(position + tokens));
                             Attention a;
                             a.q = q.data();
                             a.out = out.data();

@@ -74,6 +74,8 @@ struct Activations {
 
 enum class Cache { f16, int8 };
 
+constexpr int QUERIES = 8;  // attended to at once, at most
+
 // Keys and values of one layer: [slot][kv head][position][head_dim], with a scale per position for int8.
 struct KeyValues {
     Cache type = Cache::f16;

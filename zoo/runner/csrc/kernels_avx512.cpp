@@ -39,6 +39,13 @@ struct V {
     static F round(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
     static F scale2(F p, F n) { return _mm512_scalef_ps(p, n); }
     static float sum(F a) { return _mm512_reduce_add_ps(a); }
+    static void sums(const F *a, float *to) {  // of four vectors
+        auto both = [](F x, F y) { return _mm512_add_ps(_mm512_unpacklo_ps(x, y), _mm512_unpackhi_ps(x, y)); };
+        const __m512d x = _mm512_castps_pd(both(a[0], a[1])), y = _mm512_castps_pd(both(a[2], a[3]));
+        const F four = add(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
+        const __m256 two = _mm256_add_ps(_mm512_castps512_ps256(four), _mm512_extractf32x8_ps(four, 1));
+        _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(two), _mm256_extractf128_ps(two, 1)));
+    }
     static float largest(F a) { return _mm512_reduce_max_ps(a); }
     static void to_half(const float *x, uint16_t *to, int n) {
         int i = 0;
@@ -66,7 +73,7 @@ static inline I four(const int8_t *a) {
 // As in kernels_avx2.cpp: which 16 of the pair's 32 columns a quad reads through its table.
 template <int K, int OFF>
 struct Gathered {
-    static constexpr int Q = K / 2;
+    static constexpr int Q = K / 2, STEP = Q == 2 ? 2 : 1;
     static constexpr bool both(int j) { return OFF == 4 && 4 * j < K && 4 * j + 3 >= K; }
     static constexpr int base(int j) { return 4 * j + 3 < K ? 0 : 4 * j >= K ? 16 : OFF == 4 ? 0 : 8; }
 
@@ -97,27 +104,32 @@ struct Gathered {
         t.correction = _mm512_sub_epi32(_mm512_setzero_si512(), sum);
     }
 
-    I dot(const Weights &t, const Activations &x, size_t e) const {
+    struct Tables {
+        I of[3];
+    };
+    static Tables activations(const Activations &x, size_t e) {
         const uint8_t *a = x.biased.data() + e * PAIR;
-        const I tables[3] = {table(a), K % 4 ? table(a + 8) : _mm512_setzero_si512(), table(a + 16)};
-        I sum[2] = {t.correction, _mm512_setzero_si512()};
+        return {{table(a), K % 4 ? table(a + 8) : _mm512_setzero_si512(), table(a + 16)}};
+    }
+    static I dot(const Weights &t, const Tables &tables) {
+        I sum = t.correction;
         for (int j = 0; j < Q; ++j) {
             I g;
             if (both(j)) {  // two weights of the first block, two of the second
-                g = _mm512_shuffle_epi8(tables[0], t.index[j]);
-                g = _mm512_mask_shuffle_epi8(g, 0xcccccccccccccccc, tables[2], t.index[j]);
+                g = _mm512_shuffle_epi8(tables.of[0], t.index[j]);
+                g = _mm512_mask_shuffle_epi8(g, 0xcccccccccccccccc, tables.of[2], t.index[j]);
             } else {
-                g = _mm512_shuffle_epi8(tables[base(j) / 8], t.index[j]);
+                g = _mm512_shuffle_epi8(tables.of[base(j) / 8], t.index[j]);
             }
-            sum[j & 1] = _mm512_dpbusd_epi32(sum[j & 1], g, t.w[j]);
+            sum = _mm512_dpbusd_epi32(sum, g, t.w[j]);
         }
-        return _mm512_add_epi32(sum[0], sum[1]);
+        return sum;
     }
 };
 
 template <int K, int OFF>
 struct Banded : Gathered<K, OFF> {
-    static constexpr int PAIRS = 1, STEP = 2, BYTES = K / 2 * 64;
+    static constexpr int PAIRS = 1, BYTES = K / 2 * 64;
     // The weight stays in the upper bits of its byte, 2^OFF times itself.
     static constexpr float FACTOR = 1.0f / (1 << OFF);
     const uint8_t *at = nullptr;
@@ -145,7 +157,7 @@ struct Planes : Gathered<K, OFF> {
     using typename Base::Weights;
     static constexpr float FACTOR = 1;
     static constexpr int PER = 8 / OFF;  // quads of offsets in a vector
-    static constexpr int PAIRS = Base::Q % PER == 0 ? 1 : 2 * Base::Q % PER == 0 ? 2 : 4, STEP = 2;
+    static constexpr int PAIRS = Base::Q % PER == 0 ? 1 : 2 * Base::Q % PER == 0 ? 2 : 4;
     static constexpr int BYTES = PAIRS * Base::Q * 8 * (WBITS + OFF);
     const uint8_t *at = nullptr;
 
@@ -169,7 +181,7 @@ struct Planes : Gathered<K, OFF> {
 // Weights without a sign, all four columns of a lane stored: activations are broadcast.
 template <class Source>
 struct Unsigned : Source {
-    static constexpr int PAIRS = 1, STEP = Source::STEP;
+    static constexpr int PAIRS = 1, STEP = 1;
     static constexpr float FACTOR = 1;
     struct Weights {
         I w[QUADS];
@@ -178,17 +190,23 @@ struct Unsigned : Source {
     void read(Weights &t, int) const {
         for (int j = 0; j < QUADS; ++j) t.w[j] = this->quad(j);
     }
-    I dot(const Weights &t, const Activations &x, size_t e) const {
-        const int8_t *a = x.integers.data() + e * PAIR;
-        I sum[2] = {_mm512_set1_epi32(-this->offset * x.sum[e]), _mm512_setzero_si512()};
-        for (int j = 0; j < QUADS; ++j) sum[j & 1] = _mm512_dpbusd_epi32(sum[j & 1], t.w[j], four(a + j * LANE));
+    struct Columns {
+        const int8_t *integers;
+        I correction;
+    };
+    Columns activations(const Activations &x, size_t e) const {
+        return {x.integers.data() + e * PAIR, _mm512_set1_epi32(-this->offset * x.sum[e])};
+    }
+    static I dot(const Weights &t, const Columns &a) {
+        I sum[2] = {a.correction, _mm512_setzero_si512()};
+        for (int j = 0; j < QUADS; ++j) sum[j & 1] = _mm512_dpbusd_epi32(sum[j & 1], t.w[j], four(a.integers + j * LANE));
         return _mm512_add_epi32(sum[0], sum[1]);
     }
 };
 
 template <int BITS>
 struct Dense {
-    static constexpr int STEP = 2, BYTES = 64 * BITS;
+    static constexpr int BYTES = 64 * BITS;
     const uint8_t *at = nullptr;
     const int offset;
 
@@ -201,7 +219,6 @@ struct Dense {
 
 template <int BITS>
 struct Masked {
-    static constexpr int STEP = 1;  // a pair's quads are expanded into one place
     static constexpr int BYTES = 32 * BITS;  // about: three to six of ten weights
     static constexpr int offset = 1 << (BITS - 1);
     const uint8_t *at = nullptr;
@@ -275,7 +292,7 @@ static void run_one(const Matrix &m, const Activations &x, int begin, int end, f
                 d.read(w, i);
                 const size_t first = size_t(p) * x.capacity;
                 for (size_t e = first; e < first + 1 + x.extras[p]; ++e)
-                    sum = _mm512_fmadd_ps(scaled(m, d.dot(w, x, e), scales, x, e), _mm512_set1_ps(x.scale[e]), sum);
+                    sum = _mm512_fmadd_ps(scaled(m, d.dot(w, d.activations(x, e)), scales, x, e), _mm512_set1_ps(x.scale[e]), sum);
             }
             d.next_chunk();
         }
@@ -283,62 +300,90 @@ static void run_one(const Matrix &m, const Activations &x, int begin, int end, f
     }
 }
 
-// Many tokens: sums stay in `out`, in the first-level cache; STEP pairs share their loads and stores.
-template <class Decoder, int STEP>
-static void run_many(const Matrix &m, const Activations &x, int begin, int end, float *out) {
+// Many tokens: sums stay in `out`, in the first-level cache. BLOCKS row blocks share the loads of activations, and
+// STEP pairs, which share their scales unless `alone`, the loads and stores of the sums.
+template <class Decoder, int STEP, int BLOCKS>
+static void run_many(const Matrix &m, const Activations &x, int begin, float *out) {
+    using Weights = typename Decoder::Weights;
     static_assert(Decoder::PAIRS == 1 || Decoder::PAIRS % STEP == 0, "a step lies within a chunk, or is several");
-    Decoder d(m);
-    for (int block = begin; block < end; ++block, out += x.tokens * ROWS) {
-        std::memset(out, 0, size_t(x.tokens) * ROWS * sizeof(float));
-        d.row_block(m, block);
-        auto step = [&](auto steps, int p0, int in_chunk) {
-            constexpr int N = decltype(steps)::value;
-            typename Decoder::Weights w[N];
-            Scales scales[N];
-            size_t first[N];
+    const size_t next_block = size_t(x.tokens) * ROWS;
+    std::memset(out, 0, BLOCKS * next_block * sizeof(float));
+    Decoder d[2] = {Decoder(m), Decoder(m)};
+    for (int b = 0; b < BLOCKS; ++b) d[b].row_block(m, begin + b);
+    auto step = [&](auto steps, auto alone, int p0, int in_chunk) {
+        constexpr int N = decltype(steps)::value;
+        Weights w[N][BLOCKS];
+        Scales scales[N][BLOCKS];
+        size_t first[N];
+#pragma GCC unroll 4
+        for (int i = 0; i < N; ++i) {
+            const int group = std::min((p0 + i) / m.pairs_per_group, m.groups - 1);
+            first[i] = size_t(p0 + i) * x.capacity;
+#pragma GCC unroll 4
+            for (int b = 0; b < BLOCKS; ++b) {
+                d[b].pair(m, begin + b, p0 + i);
+                d[b].read(w[i][b], Decoder::PAIRS == 1 ? 0 : in_chunk + i);
+                if (Decoder::PAIRS == 1) d[b].next_chunk();
+                scales[i][b] = Scales(m, begin + b, group, Decoder::FACTOR);
+            }
+        }
+        float *to = out;
+        for (int t = 0; t < x.tokens; ++t, to += ROWS) {
+            __m512 sum[BLOCKS], unscaled[BLOCKS], unshifted = V::zero();
+#pragma GCC unroll 4
+            for (int b = 0; b < BLOCKS; ++b) sum[b] = V::load(to + b * next_block);
 #pragma GCC unroll 4
             for (int i = 0; i < N; ++i) {
-                d.pair(m, block, p0 + i);
-                d.read(w[i], Decoder::PAIRS == 1 ? 0 : in_chunk + i);
-                if (Decoder::PAIRS == 1) d.next_chunk();
-                scales[i] = Scales(m, block, std::min((p0 + i) / m.pairs_per_group, m.groups - 1), Decoder::FACTOR);
-                first[i] = size_t(p0 + i) * x.capacity;
-            }
-            float *to = out;
-            for (int t = 0; t < x.tokens; ++t, to += ROWS) {
-                __m512 sum = V::load(to);
+                const size_t e = first[i] + t;
+                const __m512 scale = _mm512_set1_ps(x.scale[e]);
+                const auto table = d[0].activations(x, e);
+                if (m.minima) unshifted = _mm512_fmadd_ps(scale, _mm512_set1_ps(float(x.sum[e])), i && !alone ? unshifted : V::zero());
 #pragma GCC unroll 4
-                for (int i = 0; i < N; ++i)
-                    sum = _mm512_fmadd_ps(scaled(m, d.dot(w[i], x, first[i] + t), scales[i], x, first[i] + t),
-                                          _mm512_set1_ps(x.scale[first[i] + t]), sum);
-                V::store(to, sum);
+                for (int b = 0; b < BLOCKS; ++b) {
+                    const __m512 y = _mm512_cvtepi32_ps(d[b].dot(w[i][b], table));
+                    unscaled[b] = i && !alone ? _mm512_fmadd_ps(y, scale, unscaled[b]) : _mm512_mul_ps(y, scale);
+                    if (!alone && i + 1 < N) continue;
+                    sum[b] = _mm512_fmadd_ps(unscaled[b], scales[i][b].scale, sum[b]);
+                    if (m.minima) sum[b] = _mm512_fmadd_ps(unshifted, scales[i][b].minimum, sum[b]);
+                }
             }
-            for (int i = 0; i < N; ++i) {
-                for (size_t e = first[i] + x.tokens; e < first[i] + x.tokens + x.extras[p0 + i]; ++e) {
-                    float *row = out + size_t(x.token[e]) * ROWS;
-                    V::store(row, _mm512_fmadd_ps(scaled(m, d.dot(w[i], x, e), scales[i], x, e),
+#pragma GCC unroll 4
+            for (int b = 0; b < BLOCKS; ++b) V::store(to + b * next_block, sum[b]);
+        }
+        for (int i = 0; i < N; ++i) {
+            for (size_t e = first[i] + x.tokens; e < first[i] + x.tokens + x.extras[p0 + i]; ++e) {
+                const auto table = d[0].activations(x, e);
+                for (int b = 0; b < BLOCKS; ++b) {
+                    float *row = out + b * next_block + size_t(x.token[e]) * ROWS;
+                    V::store(row, _mm512_fmadd_ps(scaled(m, d[b].dot(w[i][b], table), scales[i][b], x, e),
                                                   _mm512_set1_ps(x.scale[e]), V::load(row)));
                 }
             }
-        };
+        }
+    };
+    auto all = [&](auto alone) {
         if constexpr (Decoder::PAIRS == 1) {
             int p = 0;
-            for (; p + STEP <= m.pairs; p += STEP) step(std::integral_constant<int, STEP>(), p, 0);
-            for (; p < m.pairs; ++p) step(std::integral_constant<int, 1>(), p, 0);
+            for (; p + STEP <= m.pairs; p += STEP) step(std::integral_constant<int, STEP>(), alone, p, 0);
+            for (; p < m.pairs; ++p) step(std::integral_constant<int, 1>(), alone, p, 0);
         } else {
             for (int chunk = 0; chunk < m.pairs; chunk += Decoder::PAIRS) {
 #pragma GCC unroll 4
-                for (int i = 0; i < Decoder::PAIRS; i += STEP) step(std::integral_constant<int, STEP>(), chunk + i, i);
-                d.next_chunk();
+                for (int i = 0; i < Decoder::PAIRS; i += STEP) step(std::integral_constant<int, STEP>(), alone, chunk + i, i);
+                for (int b = 0; b < BLOCKS; ++b) d[b].next_chunk();
             }
         }
-    }
+    };
+    // Steps begin at multiples of STEP: none crosses into the next group where that divides a group.
+    m.groups > 1 && m.pairs_per_group % STEP ? all(std::true_type()) : all(std::false_type());
 }
 
 template <class Decoder>
 static void run(const Matrix &m, const Activations &x, int begin, int end, float *out) {
-    constexpr int STEP = Decoder::PAIRS == 1 ? Decoder::STEP : 2;
-    x.tokens == 1 ? run_one<Decoder>(m, x, begin, end, out) : run_many<Decoder, STEP>(m, x, begin, end, out);
+    if (x.tokens == 1) return run_one<Decoder>(m, x, begin, end, out);
+    constexpr int STEP = Decoder::STEP < Decoder::PAIRS || Decoder::PAIRS == 1 ? Decoder::STEP : Decoder::PAIRS;
+    for (; begin + 2 <= end; begin += 2, out += size_t(2) * x.tokens * ROWS) run_many<Decoder, STEP, 2>(m, x, begin, out);
+    if (begin < end) run_many<Decoder, STEP, 1>(m, x, begin, out);
 }
 
 template <int K>

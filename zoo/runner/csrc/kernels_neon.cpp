@@ -44,6 +44,9 @@ struct V {
         return vreinterpretq_f32_s32(vaddq_s32(vreinterpretq_s32_f32(p), vshlq_n_s32(vcvtnq_s32_f32(n), 23)));
     }
     static float sum(F a) { return vaddvq_f32(a); }
+    static void sums(const F *a, float *to) {  // of four vectors
+        store(to, vpaddq_f32(vpaddq_f32(a[0], a[1]), vpaddq_f32(a[2], a[3])));
+    }
     static float largest(F a) { return vmaxvq_f32(a); }
     static void to_half(const float *x, uint16_t *to, int n) {
         int i = 0;

@@ -32,6 +32,7 @@ struct V {
     static F round(F a) { return std::nearbyint(a); }
     static F scale2(F p, F n) { return std::ldexp(p, int(n)); }
     static float sum(F a) { return a; }
+    static void sums(const F *a, float *to) { std::memcpy(to, a, 4 * sizeof(float)); }
     static float largest(F a) { return a; }
     static void to_half(const float *x, uint16_t *to, int n) {
         for (int i = 0; i < n; ++i) to[i] = float_to_half(x[i]);

@@ -207,7 +207,7 @@ const Activations &Model::quantized(int thread, const float *from, int columns, 
 // Row blocks that a thread takes at a time. Of a small matrix each takes its share at once, as a stream of memory
 // pays when it is long; of a large one several pieces, so that a thread that is held up does not hold up all.
 static int step_of(const Matrix &m, int threads, int tokens) {
-    if (tokens > 4) return 1;
+    if (tokens > 4) return 2;  // kernels share what they load of the activations between two
     const bool large = size_t(m.rows) * m.columns > size_t(8) << 20;
     const int pieces = large ? threads * 6 : threads;
     return std::min((m.row_blocks + pieces - 1) / pieces, large ? 16 : m.row_blocks);
@@ -223,12 +223,15 @@ void Model::product(int thread, const Activations &x, const Matrix &m, float *to
         k_.multiply(m, x, begin, end, local.out.data());
         const float *from = local.out.data();
         for (int block = begin; block < end; ++block) {
-            const int rows = std::min(ROWS, m.rows - block * ROWS);
             const float *bias = m.bias ? m.bias + block * ROWS : nullptr;
-            for (int t = 0; t < x.tokens; ++t, from += ROWS) {
-                float *row = to + t * stride + size_t(block) * ROWS;
-                for (int r = 0; r < rows; ++r) row[r] = (add ? row[r] : 0.0f) + from[r] + (bias ? bias[r] : 0.0f);
-            }
+            auto write = [&](int rows) {
+                for (int t = 0; t < x.tokens; ++t, from += ROWS) {
+                    float *row = to + t * stride + size_t(block) * ROWS;
+                    for (int r = 0; r < rows; ++r) row[r] = (add ? row[r] : 0.0f) + from[r] + (bias ? bias[r] : 0.0f);
+                }
+            };
+            const int rows = m.rows - block * ROWS;
+            rows < ROWS ? write(rows) : write(ROWS);  // of a constant number the compiler makes vectors
         }
     }
 }
@@ -313,7 +316,7 @@ void Model::attention(int thread, Layer &layer) {
         a.window = shape_.sliding_window;
         a.scale = shape_.softmax_scale;
         a.slope = slopes_.empty() ? 0.0f : slopes_[head];
-        local.scores.resize(std::max(local.scores.size(), size_t(4) * (a.position + a.tokens)));
+        local.scores.resize(std::max(local.scores.size(), size_t(QUERIES) * (a.position + a.tokens)));
         k_.attend(layer.kv, a, local.scores.data());
     }
     pool_.barrier();

@@ -192,10 +192,11 @@ static inline void scores_of(const float *const *q, const Element *key, int n, f
         const auto k = V::load(key + i);
         for (int j = 0; j < Q; ++j) a[j] = V::fma(k, V::load(q[j] + i), a[j]);
     }
-    for (int j = 0; j < Q; ++j) {
-        out[j] = V::sum(a[j]);
-        for (int l = i; l < n; ++l) out[j] += q[j][l] * V::one(key + l);
-    }
+    int j = 0;
+    for (; j + 4 <= Q; j += 4) V::sums(a + j, out + j);
+    for (; j < Q; ++j) out[j] = V::sum(a[j]);
+    for (; i < n; ++i)
+        for (j = 0; j < Q; ++j) out[j] += q[j][i] * V::one(key + i);
 }
 
 // The weighted sum of the values, times `inverse`, from column c on, R vectors at a time so that the sums stay in registers.
@@ -279,9 +280,10 @@ static void attend_block(const KeyValues &kv, const Attention &a, const float *q
 
 template <class Element>
 static void attend_all(const KeyValues &kv, const Attention &a, float *scores) {
+    constexpr int Q = V::N < 16 ? 4 : QUERIES;  // as many as there are registers for
     int t = 0;
-    for (; t + 4 <= a.tokens; t += 4)
-        attend_block<4, Element>(kv, a, a.q + t * a.q_stride, a.out + t * a.out_stride, a.position + t, scores);
+    for (; t + Q <= a.tokens; t += Q)
+        attend_block<Q, Element>(kv, a, a.q + t * a.q_stride, a.out + t * a.out_stride, a.position + t, scores);
     for (; t < a.tokens; ++t)
         attend_block<1, Element>(kv, a, a.q + t * a.q_stride, a.out + t * a.out_stride, a.position + t, scores);
 }
