@@ -77,3 +77,7 @@ class StoreError(ZooError):
 
 class RegistryError(ZooError):
     """The registry is missing, read-only, locked, or of another schema version."""
+
+
+class HubError(ZooError):
+    """A Hub or zoo server that cannot be reached, refuses, or sends what it should not."""

@@ -3,28 +3,62 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
-from collections.abc import Generator, Iterable, Sized
-from typing import TypeVar
+from collections.abc import Callable, Generator, Iterable, Iterator, Sized
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TextIO, TypeVar
 
 from rich.console import Console
 from rich.progress import (
     BarColumn,
+    DownloadColumn,
     MofNCompleteColumn,
     Progress,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
+    TransferSpeedColumn,
 )
+
+from zoo.files import told_plainly
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 T = TypeVar("T")
 QUIET_INTERVAL_S = 15.0
+_logs: list[TextIO] = []  # that are being written
 
 
 def say(message: str) -> None:
     """One line of news for a person, on standard error."""
     console.print(message, markup=False)
+    _log(message)
+
+
+def log_path(store: Path, run_id: int, recipe_sha256: str) -> Path:
+    """Where the log of a run lies. Registries number their runs alike, so the recipe's hash is in its name."""
+    return store.expanduser() / "runs" / f"{recipe_sha256[:16]}-{run_id}.log"
+
+
+@contextmanager
+def logged(path: Path) -> Iterator[None]:
+    """Meanwhile, what is said and how far things are also goes to this file, which others may read."""
+    with told_plainly(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        opened = path.open("a", encoding="utf-8", errors="replace")
+    with opened as file:
+        _logs.append(file)
+        try:
+            yield
+        finally:
+            _logs.remove(file)
+
+
+def _log(line: str) -> None:
+    for file in _logs:
+        with suppress(OSError):  # a full disk: the work itself may need no more of it
+            print(time.strftime("%H:%M:%S"), line, file=file, flush=True)
 
 
 def track(items: Iterable[T], description: str, total: int | None = None) -> Generator[T, None, None]:
@@ -41,8 +75,22 @@ def track(items: Iterable[T], description: str, total: int | None = None) -> Gen
             TimeRemainingColumn(),
         )
         with Progress(*columns, console=console, transient=True) as bar:
-            yield from bar.track(items, total=total, description=description)
+            yield from _lines(
+                bar.track(items, total=total, description=description), description, total, _log
+            )
         return
+
+    def show(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+        _log(line)
+
+    yield from _lines(items, description, total, show)
+
+
+def _lines(
+    items: Iterable[T], description: str, total: int | None, show: Callable[[str], None]
+) -> Generator[T, None, None]:
+    """Iterate; a line every 15 seconds."""
     start = last = time.monotonic()
     for done, item in enumerate(items):
         yield item
@@ -50,4 +98,43 @@ def track(items: Iterable[T], description: str, total: int | None = None) -> Gen
         if now - last >= QUIET_INTERVAL_S:
             last = now
             left = f", {(now - start) / (done + 1) * (total - done - 1):.0f} s left" if total else ""
-            print(f"  {description}: {done + 1}/{total or '?'}{left}", file=sys.stderr, flush=True)
+            show(f"  {description}: {done + 1}/{total or '?'}{left}")
+
+
+@contextmanager
+def transfer(description: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Yield what threads call with bytes done (or, negative, undone): a bar with speed and time left."""
+    if console.is_terminal:
+        columns = (
+            TextColumn("  {task.description}"),
+            BarColumn(bar_width=28),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=console, transient=True) as bar:
+            task = bar.add_task(description, total=total)
+            yield lambda count: bar.advance(task, count)
+        return
+    start = last = time.monotonic()
+    done = 0
+    turn = threading.Lock()
+
+    def advance(count: int) -> None:
+        nonlocal done, last
+        with turn:
+            done += count
+            now = time.monotonic()
+            if now - last < QUIET_INTERVAL_S:
+                return
+            last = now
+            speed = max(done, 1) / (now - start)
+            print(
+                f"  {description}: {done / 1e6:.0f}/{total / 1e6:.0f} MB, {speed / 1e6:.1f} MB/s, "
+                f"{(total - done) / speed:.0f} s left",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    yield advance
