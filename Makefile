@@ -1,4 +1,4 @@
-# make demo   set up, then compress, measure, export, verify and record a real model
+# make demo   set up, then compress, measure, export, verify and record a real model, publish it and pull it back
 # make test   set up, then lint, type-check and run every test
 # Both skip what is done. Set-up: about 12 minutes on 2 cores the first time, most of it compiling llama.cpp.
 
@@ -15,6 +15,8 @@ RECIPE := pipelines/recipes/smollm2-135m-8of16-w4.yaml
 demo: $(READY)
 	@echo "== Compressing SmolLM2-135M to 8 of 16 weights in 4 bits: about 10 minutes on 2 cores"
 	$(BIN)/zoo run $(RECIPE)
+	@echo "== Publishing it on a server of its own, pulling it into an empty cache, and generating from that"
+	$(BIN)/python -m pipelines.demo $$(sed -n 's/^name: //p' $(RECIPE))
 
 test: $(READY) lint
 	@echo "== Tests, those on real models included: about 15 minutes on 2 cores"

@@ -15,7 +15,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from zoo.compare import Pair, describe, pairs
-from zoo.entry import Artifact, Entry, Layer, Measurement
+from zoo.entry import Artifact, Entry, Layer, Measurement, TrainingPoint
 
 # Licences that the Hub knows by these names; any other is "other" with a name of its own.
 HUB_LICENSES = frozenset(
@@ -25,6 +25,7 @@ HUB_LICENSES = frozenset(
 )
 FEW_QUESTIONS = 1000  # below this a 95 % interval of an accuracy is wider than 6 points
 SHORT_CONTEXT = 1024
+CURVE_ROWS = 8  # of the table of a training
 _METRIC_NAMES = {
     "accuracy_norm": "accuracy (length-normalised)",
     "kl_divergence": "KL divergence from the base",
@@ -61,6 +62,8 @@ def render(entry: Entry) -> str:
         transformers=_transformers_folder(entry),
         requirements=_requirements(entry),
         limitations=limitations(entry),
+        curve=_few(entry.training),
+        spark=sparkline([point.loss for point in entry.training]),
         python=json.dumps,
         metric=lambda m: _METRIC_NAMES.get(m.metric, m.metric.replace("_", " ")),
         verdict=_verdict,
@@ -217,6 +220,21 @@ def kinds_of_layers(layers: Sequence[Layer]) -> list[Kind]:
     return kinds
 
 
+def _few(curve: Sequence[TrainingPoint]) -> list[TrainingPoint]:
+    """At most CURVE_ROWS points, evenly, the last among them."""
+    rows = min(CURVE_ROWS, len(curve))
+    return [curve[-1 - (rows - 1 - row) * len(curve) // rows] for row in range(rows)]
+
+
+def sparkline(values: Sequence[float], width: int = 32) -> str:
+    """A line of blocks as high as the values, each the mean of its share of them."""
+    width = min(width, len(values))
+    means = [fmean(values[i * len(values) // width : (i + 1) * len(values) // width]) for i in range(width)]
+    low, high = (min(means), max(means)) if means else (0.0, 0.0)
+    height = (high - low) or 1.0
+    return "".join("▁▂▃▄▅▆▇█"[round((value - low) / height * 7)] for value in means)
+
+
 def _each(values: Iterable[str]) -> str:
     return ", ".join(dict.fromkeys(values))
 
@@ -244,7 +262,9 @@ def _summary(entry: Entry) -> str:
     bits = sorted({layer.bits for layer in entry.layers if layer.bits < 16})
     if bits:
         done.append("quantized to " + " and ".join(f"{b:g}" for b in bits) + " bits")
-    base = entry.base_repository or entry.base_model
+    if entry.training:
+        done.append(f"trained on {entry.training[-1].tokens / 1e6:.3g} M tokens")
+    base = entry.base_repository or (entry.base_model if entry.origin is None else "A model of others")
     return f"{text(base)}, {' and '.join(done) or 'unchanged'}, for plain CPUs."
 
 

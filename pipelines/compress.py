@@ -294,12 +294,12 @@ def _prune(
             pruned = weight * mask
         elif step.method == "sparsegpt":
             if step.quantize:
-                grid = _make_grid(target, step.quantize, "gptq", curvature)
+                grid = make_grid(target, step.quantize, "gptq", curvature)
             pruned, mask = sparsegpt(target, curvature, pattern, grid)
         else:
             pruned, mask = admm(target, curvature, pattern)
             if step.quantize:
-                grid = _make_grid(pruned, step.quantize, "gptq", curvature)
+                grid = make_grid(pruned, step.quantize, "gptq", curvature)
                 pruned = gptq(pruned, curvature, grid, mask, activation_order=step.quantize.activation_order)
     method = f"{step.method}+gptq" if step.quantize else step.method
     record = _record(linear, pruned, method, curvature, pattern, step.quantize)
@@ -318,7 +318,7 @@ def _round(
     mask = linear.mask
     if mask is not None:
         target = target * mask
-    grid = _make_grid(target, rounding, method, curvature)
+    grid = make_grid(target, rounding, method, curvature)
     if method == "gptq":
         assert curvature is not None
         rounded = gptq(target, curvature, grid, mask, activation_order=activation_order)
@@ -329,7 +329,8 @@ def _round(
     return Compressed(rounded, grid, _record(linear, rounded, method, curvature, None, rounding))
 
 
-def _make_grid(weight: Tensor, rounding: Rounding, method: str, curvature: Curvature | None) -> Grid:
+def make_grid(weight: Tensor, rounding: Rounding, method: str, curvature: Curvature | None) -> Grid:
+    """The grid of `rounding` that a method gives a weight (rows, columns) before anything is rounded."""
     columns, bits = weight.shape[1], rounding.bits
     integer = _zero_point(rounding, method) == "integer"
     if rounding.per == "tensor":

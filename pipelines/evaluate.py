@@ -33,12 +33,12 @@ Subject = Literal["entry", "base"]
 Values = npt.NDArray[np.float64]
 
 
-def load_model(folder: Path) -> tuple[Any, Any]:
+def load_model(folder: Path, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
     """The model in `folder`, in evaluation mode, and its tokenizer.
 
-    bfloat16 on a GPU when there is one; on the CPU float32 if that takes at most half of the memory, else
-    bfloat16. Only safetensors are read, nothing is downloaded, and no code in the folder is run. Raises
-    SourceError or FormatError when the folder does not hold a whole model.
+    If `dtype` is None: bfloat16 on a GPU when there is one; on the CPU float32 if that takes at most half of
+    the memory, else bfloat16. Only safetensors are read, nothing is downloaded, and no code in the folder is
+    run. Raises SourceError or FormatError when the folder does not hold a whole model.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
@@ -57,7 +57,7 @@ def load_model(folder: Path) -> tuple[Any, Any]:
         model, loading = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
-            dtype=torch.float32 if fits and not cuda else torch.bfloat16,
+            dtype=dtype or (torch.float32 if fits and not cuda else torch.bfloat16),
             use_safetensors=True,
             output_loading_info=True,
             **local,

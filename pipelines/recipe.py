@@ -178,7 +178,176 @@ class Quantize(Part):
         return self.method == "gptq"
 
 
-Step = Annotated[Prune | Quantize, Field(discriminator="kind")]
+class TrainingText(Part):
+    """Text that a model is trained on."""
+
+    source: str = Field(
+        description="a .txt or .parquet file, hub:org/name (streamed), or token ids in a .npy file"
+    )
+    column: str = Field("text", description="column of a parquet file or data set")
+    tokens: int | None = Field(None, ge=1, description="the first tokens only; null: all")
+
+
+class Skill(Part):
+    """Skill distillation: texts that a teacher writes in answer to a seed set of prompts."""
+
+    prompts: str = Field(description="a .txt file with a prompt per line, a .parquet file, or hub:org/name")
+    column: str = "text"
+    samples: int = Field(1, ge=1, description="answers to each prompt")
+    new_tokens: int = Field(256, ge=1, description="length of an answer at most")
+    temperature: float = Field(0.8, gt=0)
+    endpoint: str | None = Field(
+        None, description="URL of an OpenAI-compatible server, its key in OPENAI_API_KEY; null: the teacher"
+    )
+    model: str | None = Field(None, description="the endpoint's name of the model")
+    seed: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _model_of_the_endpoint(self) -> Skill:
+        if (self.endpoint is None) != (self.model is None):
+            raise ValueError("`endpoint` and `model` go together")
+        return self
+
+
+class Losses(Part):
+    """Weights of the losses that training minimises; the cross-entropy is recorded even at weight 0."""
+
+    logits: float = Field(1.0, ge=0, description="KL divergence from the teacher's next-token distribution")
+    temperature: float = Field(1.0, gt=0, description="of the distributions of `logits`")
+    top_k: int | None = Field(
+        None, ge=1, description="of `logits`: tell only the teacher's k likeliest tokens apart; null: all"
+    )
+    cross_entropy: float = Field(0.0, ge=0, description="of the text's own next token")
+    squarehead: float = Field(0.0, ge=0, description="error of the hidden states, relative to the teacher's")
+    weights: float = Field(0.0, ge=0, description="error of the kept weights, relative to the teacher's")
+
+    @model_validator(mode="after")
+    def _something_to_minimise(self) -> Losses:
+        if not (self.logits or self.cross_entropy or self.squarehead or self.weights):
+            raise ValueError("give at least one loss a weight above 0")
+        return self
+
+    @property
+    def taught(self) -> bool:
+        return bool(self.logits or self.squarehead or self.weights)
+
+
+class Budget(Part):
+    """When training ends: at the first limit that is reached."""
+
+    tokens: int | None = Field(None, ge=1, description="training tokens; repeats exactly")
+    seconds: float | None = Field(None, gt=0, description="training time, without start and compilation")
+
+    @model_validator(mode="after")
+    def _some_end(self) -> Budget:
+        if self.tokens is None and self.seconds is None:
+            raise ValueError("say `tokens`, `seconds` or both")
+        return self
+
+
+class Optimizer(Part):
+    """AdamW with a linear warm-up and a cosine to zero."""
+
+    kind: Literal["adamw", "adamw-8bit"] = Field(
+        "adamw", description="adamw-8bit: moments in 8 bits and stochastic rounding (needs torchao)"
+    )
+    learning_rate: float = Field(6e-4, gt=0)
+    warmup: float = Field(0.02, ge=0, lt=1, description="fraction of the budget")
+    weight_decay: float = Field(0.0, ge=0)
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.95, ge=0, lt=1)
+    clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
+
+
+class PruneInTraining(Part):
+    """Sets weights to zero while the model trains, or before by their gradients (snip)."""
+
+    method: Literal["magnitude", "wanda", "rigl", "snip"] = Field(
+        description="what is dropped; rigl also regrows where the gradient is largest"
+    )
+    pattern: SparsityPattern = Field(description="reached exactly at `until`")
+    schedule: Literal["once", "cubic", "stages"] = "once"
+    stages: list[int] = Field([], description="for schedule stages: `keep` of each, e.g. [12, 8, 4]")
+    until: float = Field(0.5, gt=0, le=0.95, description="fraction of the budget; then masks stay")
+    every: int = Field(50, ge=1, description="optimizer steps between two updates of the masks")
+    regrow: float = Field(0.1, ge=0, lt=1, description="rigl: fraction of the kept weights, falling to 0")
+    overrides: list[PruneOverride] = []
+
+    @model_validator(mode="after")
+    def _stages_lead_to_the_pattern(self) -> PruneInTraining:
+        if (self.schedule == "stages") != bool(self.stages):
+            raise ValueError("`stages` goes with `schedule: stages`")
+        falling = all(a > b for a, b in zip(self.stages, self.stages[1:], strict=False))
+        if self.stages and (not falling or self.stages[-1] != self.pattern.keep):
+            raise ValueError(f"`stages` must fall to the pattern's keep, {self.pattern.keep}")
+        if self.method == "snip" and self.schedule != "once":
+            raise ValueError("snip prunes before training: `schedule: once`")
+        return self
+
+
+class QuantizeInTraining(Part):
+    """Quantization-aware training on the grid of the export, with straight-through gradients."""
+
+    grid: Rounding
+    embeddings: Rounding | None = Field(None, description="grid of the token embeddings; null: unchanged")
+    head: Rounding | None = Field(None, description="grid of an untied output head; null: unchanged")
+    scales: Literal["learned", "searched"] = Field(
+        "learned", description="searched: for the least rounding error, every `every` steps"
+    )
+    every: int = Field(50, ge=1, description="optimizer steps between two searches")
+    start: float = Field(0.5, ge=0, lt=1, description="fraction of the budget before weights are rounded")
+    overrides: list[QuantizeOverride] = []
+
+    @model_validator(mode="after")
+    def _not_per_tensor(self) -> QuantizeInTraining:
+        grids = [self.grid, self.embeddings, self.head, *(override.grid for override in self.overrides)]
+        if any(grid is not None and grid.per == "tensor" for grid in grids):
+            raise ValueError("training has scales per channel or group, not per tensor")
+        return self
+
+
+class Recover(Part):
+    """Trains the model so far, zeros staying zeros; with nothing pruned, it trains the dense model."""
+
+    kind: Literal["recover"]
+    data: list[TrainingText] = []
+    skills: list[Skill] = []
+    teacher: str | None = Field(None, description="a model as in `base`; null: the base")
+    budget: Budget
+    losses: Losses = Losses()
+    optimizer: Optimizer = Optimizer()
+    prune: PruneInTraining | None = None
+    quantize: QuantizeInTraining | None = None
+    length: int = Field(512, ge=8, description="tokens of a block of text")
+    batch: int = Field(64, ge=1, description="blocks of an optimizer step, over all GPUs")
+    micro_batch: int = Field(64, ge=1, description="blocks that a GPU takes at once")
+    weights: Literal["float32", "bfloat16"] = Field("float32", description="type of the weights in training")
+    stored: Literal["float16", "bfloat16", "float32"] = Field(
+        "float16", description="type of the weights in the file"
+    )
+    shard: bool = Field(False, description="FSDP: spread weights and optimizer over several GPUs")
+    recompute: bool = Field(False, description="keep no activations for the backward pass: slower, smaller")
+    compile: bool = Field(True, description="torch.compile, on a GPU")
+    seed: int = Field(0, ge=0, description="of the order of the blocks")
+
+    @model_validator(mode="after")
+    def _possible(self) -> Recover:
+        if not self.data and not self.skills:
+            raise ValueError("say what to train on: `data`, `skills` or both")
+        if self.batch % self.micro_batch:
+            raise ValueError(f"`batch` must be a multiple of `micro_batch`, {self.micro_batch}")
+        if self.weights == "bfloat16" and self.optimizer.kind == "adamw":
+            raise ValueError("`weights: bfloat16` would round small updates away: take adamw-8bit")
+        if self.quantize is not None and self.stored == "bfloat16":
+            raise ValueError("bfloat16 does not hold integers times a scale: say `stored: float16`")
+        return self
+
+    @property
+    def calibrated(self) -> bool:
+        return False
+
+
+Step = Annotated[Prune | Quantize | Recover, Field(discriminator="kind")]
 
 
 class Passage(Part):
@@ -233,9 +402,23 @@ class VerifyWith(Part):
     threads: int | None = Field(None, ge=1, description="of the runner; null: one per core")
 
 
-def _packs(step: Prune | Quantize) -> bool:
+class Publish(Part):
+    """Pushes the verified entry, as `zoo push` does. The token is HF_TOKEN or that of `hf auth login`."""
+
+    to: str | None = Field(None, description="user or organisation; null: the token's own")
+    endpoint: str | None = Field(None, description="URL; null: HF_ENDPOINT, or the public Hub")
+    private: bool = False
+
+
+def _grid(step: Prune | Quantize | Recover) -> Rounding | None:
+    if isinstance(step, Quantize):
+        return step.grid
+    return step.quantize.grid if isinstance(step.quantize, QuantizeInTraining) else step.quantize
+
+
+def _packs(step: Prune | Quantize | Recover) -> bool:
     """Whether compressed-tensors can hold the grid of this step."""
-    grid = step.grid if isinstance(step, Quantize) else step.quantize
+    grid = _grid(step)
     integer = isinstance(step, Quantize) and step.method == "zeropoint"
     return grid is None or grid.symmetric or integer or grid.zero_point == "integer"
 
@@ -248,11 +431,12 @@ class Recipe(Part):
     evaluation: Evaluation = Evaluation()
     exports: list[Export] = [Safetensors(kind="safetensors"), Gguf(kind="gguf", types=["F16", "Q8_0"])]
     verification: VerifyWith = VerifyWith()
+    publish: Publish | None = Field(None, description="push the verified entry; null: `zoo push` does, later")
 
     @model_validator(mode="after")
     def _something_to_pack(self) -> Recipe:
         packs = any(isinstance(export, CompressedTensors) for export in self.exports)
-        quantizes = any(isinstance(step, Quantize) or step.quantize is not None for step in self.steps)
+        quantizes = any(_grid(step) is not None for step in self.steps)
         if packs and not quantizes:
             raise ValueError("the export compressed-tensors needs a step that quantizes")
         if packs and not all(map(_packs, self.steps)):
@@ -260,8 +444,9 @@ class Recipe(Part):
         return self
 
     def to_yaml(self) -> str:
-        """The resolved recipe, every default spelt out."""
-        text: str = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        """The resolved recipe, every default spelt out; without `publish`, which makes no other model."""
+        said = self.model_dump(mode="json", exclude={"publish"})
+        text: str = yaml.safe_dump(said, sort_keys=False, allow_unicode=True)
         return text
 
 

@@ -1,24 +1,23 @@
 """`zoo run`: from a recipe to an entry. Every stage's output is content-addressed, so a run resumes.
 
-A stage's key is the hash of its settings, its inputs' keys, the code that computes it and the libraries
-under that code: a finished stage is never done twice, and never reused when something changed.
+A stage's key (`pipelines.keys`) is the hash of all that decides its result: a finished stage is never done
+twice, and never reused when something changed.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import platform
 import shutil
 import socket
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,9 @@ from pipelines import (
     evaluate,
     export_compressed,
     export_gguf,
+    keys,
     masks,
+    publish,
     sources,
     text,
     verify,
@@ -47,49 +48,34 @@ from pipelines.recipe import (
     Prune,
     Quantize,
     Recipe,
+    Recover,
     Rounding,
     Safetensors,
     SparsityPattern,
 )
-from zoo import __version__
+from pipelines.recover.tokens import training_tokens
+from pipelines.recover.train import Job, recover, thinned
+from pipelines.recover.write import earlier
 from zoo.analyze import analyze, layout_name
 from zoo.entry import Artifact, Benchmark, Entry, Measurement, Stage, Status, Verification
-from zoo.errors import PatternError, RecipeError
+from zoo.errors import PatternError, RecipeError, RegistryError
 from zoo.files import (
     Store,
     file_table,
     sha256_bytes,
     sha256_file,
-    sha256_json,
-    sha256_tree,
     told_plainly,
     write_json,
 )
 from zoo.formats import check_safetensors, weight_files
+from zoo.logs import redact
 from zoo.machine import this_machine
-from zoo.progress import say
-from zoo.registry.registry import Registry
+from zoo.progress import log_path, logged, say
+from zoo.registry.registry import Registry, RunStatus
 from zoo.runner import native, packed
 from zoo.runner.pack import pack_folder
 
-LIBRARIES = (
-    "torch", "transformers", "tokenizers", "safetensors", "numpy", "lm-eval", "datasets", "gguf",
-    "llama-cpp-python", "compressed-tensors",
-)  # fmt: skip
-# The modules that decide a stage's result. They are hashed, which needs no import (of lm-eval: seconds).
-SOLVER_CODE = ("compress", "solve", "masks", "grids", "layers", "allocate", "checkpoint", "families")
-EVALUATION_CODE = ("evaluate", "harness", "text")
 CARD = "README.md"  # the entry gets its own; that of the base, if it has one, says other things
-TASKS = Path(__file__).parent / "tasks"
-PACK_CODE = tuple(
-    f"../zoo/{name}"
-    for name in ("runner/pack", "runner/grid", "runner/config", "runner/checkpoint", "runner/format",
-                 "runner/packed", "compressed_tensors")
-)  # fmt: skip
-EXPORT_CODE = (
-    "export_gguf", "gguf_tokenizer", "export_compressed", "checkpoint", "grids", "families", *PACK_CODE,
-)  # fmt: skip
-RUNNER_CODE = tuple(f"../zoo/runner/{name}" for name in ("engine", "native", "numpy_engine", "rope"))
 
 
 @dataclass
@@ -107,20 +93,21 @@ class Run:
         with self.store.locked(key):  # another run of the same recipe waits here, then finds it done
             done = self.store.get(key)
             if done is not None:
-                say(f"{name}: done before")
+                say(f"{name}: done before", event="stage", stage=name, status="cached", seconds=0.0)
                 self._record(Stage(name=name, key=key, status="cached", seconds=0.0))
                 return done
-            say(f"{name} ...")
+            say(f"{name} ...", event="stage-started", stage=name)
             try:
                 with self.store.writing(key) as folder:
                     work(folder)
             except BaseException as error:
                 seconds = time.monotonic() - began
-                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-                self._record(Stage(name=name, key=key, status="failed", seconds=seconds, reason=reason))
+                reason = first_line(error)
+                with suppress(RegistryError):  # if it does not answer, that is not what went wrong first
+                    self._record(Stage(name=name, key=key, status="failed", seconds=seconds, reason=reason))
                 raise
         seconds = time.monotonic() - began
-        say(f"{name}: {seconds:.0f} s")
+        say(f"{name}: {seconds:.0f} s", event="stage", stage=name, status="done", seconds=seconds)
         self._record(Stage(name=name, key=key, status="done", seconds=seconds))
         return self.store.path(key)
 
@@ -133,7 +120,7 @@ def run(recipe: Recipe, store: Store, registry: Registry) -> Entry:
     """Do all that the recipe says; the entry is in the registry when this returns.
 
     An entry that does not verify comes back, and is recorded, with status "failed" and the reason. Whatever
-    else goes wrong is raised, with the run recorded as failed.
+    else goes wrong is raised, with the run recorded as failed; if only the publishing did, the entry is kept.
     """
     settle(recipe)
     recipe_yaml = recipe.to_yaml()
@@ -141,15 +128,24 @@ def run(recipe: Recipe, store: Store, registry: Registry) -> Entry:
     run_id = registry.start_run(recipe.name, recipe_sha256, os.getpid(), socket.gethostname())
     run_ = Run(store, registry, run_id)
     try:
-        entry = _run(recipe, recipe_yaml, recipe_sha256, run_)
+        with logged(log_path(store.root, run_id, recipe_sha256)):
+            entry = _run(recipe, recipe_yaml, recipe_sha256, run_)
+            entry = publish.still_published(entry, registry)
+            registry.put(entry)
+            if recipe.publish is not None and entry.status != "failed":
+                entry = publish.publish(entry, recipe.publish, store, registry)
     except BaseException as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        registry.finish_run(run_id, "interrupted" if isinstance(error, KeyboardInterrupt) else "failed",
-                            failure=reason)  # fmt: skip
+        ended: RunStatus = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+        with suppress(RegistryError):  # if it does not answer, that is not what went wrong here first
+            registry.finish_run(run_id, ended, failure=first_line(error))
         raise
-    registry.put(entry)
-    registry.finish_run(run_id, "done" if entry.status == "verified" else "failed", entry.id, entry.failure)
+    registry.finish_run(run_id, "failed" if entry.status == "failed" else "done", entry.id, entry.failure)
     return entry
+
+
+def first_line(error: BaseException) -> str:
+    """What may be recorded of a failure, and shown to everyone."""
+    return redact(str(error).splitlines()[0]) if str(error) else type(error).__name__
 
 
 def settle(recipe: Recipe) -> None:
@@ -158,6 +154,8 @@ def settle(recipe: Recipe) -> None:
     for export in recipe.exports:
         if isinstance(export, Gguf) and (wrong := [t for t in export.types if t not in known]):
             raise RecipeError(f"GGUF type {', '.join(wrong)} is not known", expected=", ".join(sorted(known)))
+    if recipe.publish is not None:
+        publish.check(recipe.publish)
     torch.use_deterministic_algorithms(True)
     torch.manual_seed(0)
 
@@ -166,7 +164,7 @@ def _run(recipe: Recipe, recipe_yaml: str, recipe_sha256: str, run_: Run) -> Ent
     base = sources.resolve(recipe.base, run_.store)
     say(f"base model {recipe.base}: {base.family.name}, revision {base.revision}")
     _check_groups(recipe, base)
-    _check_texts(recipe.evaluation)
+    _check_texts(recipe)
     model = _compressed(recipe, base, run_)
     measurements = _measured(recipe.evaluation, base, model, run_)
     exports = _exported(recipe, base, model, run_)
@@ -202,10 +200,12 @@ def _check_groups(recipe: Recipe, base: sources.Base) -> None:
 
 
 def _cuts(
-    step: Prune | Quantize, layer: str, family: Family
+    step: Prune | Quantize | Recover, layer: str, family: Family
 ) -> Iterator[tuple[str, SparsityPattern | Rounding | None]]:
     """What cuts the columns of a layer into groups."""
-    if isinstance(step, Quantize):
+    if isinstance(step, Recover):
+        yield from _cuts_in_training(step, layer, family)
+    elif isinstance(step, Quantize):
         grid = {family.embeddings: step.embeddings, family.head: step.head}.get(layer)
         if layer.endswith(family.linears):
             grid = step.grid
@@ -220,48 +220,75 @@ def _cuts(
         yield "quantization", step.quantize if pattern else None
 
 
-def _check_texts(setting: Evaluation) -> None:
-    """Raise CalibrationError for a text that is not there: the evaluation would, after hours."""
-    for passage in filter(None, [*setting.perplexity, setting.fidelity]):
-        _revision(passage.text, passage.column)
+def _cuts_in_training(
+    step: Recover, layer: str, family: Family
+) -> Iterator[tuple[str, SparsityPattern | Rounding | None]]:
+    linear = layer.endswith(family.linears)
+    if step.prune is not None and linear:
+        pattern: SparsityPattern | None = step.prune.pattern
+        for p in step.prune.overrides:
+            pattern = p.pattern if fnmatchcase(layer, p.layers) else pattern
+        yield "sparsity pattern", pattern
+    if step.quantize is not None:
+        grid = {family.embeddings: step.quantize.embeddings, family.head: step.quantize.head}.get(layer)
+        if linear:
+            grid = step.quantize.grid
+            for q in step.quantize.overrides:
+                grid = q.grid if fnmatchcase(layer, q.layers) else grid
+        yield "quantization", grid
+
+
+def _check_texts(recipe: Recipe) -> None:
+    """Raise CalibrationError for a text that is not there: training or evaluation would, after hours."""
+    for passage in filter(None, [*recipe.evaluation.perplexity, recipe.evaluation.fidelity]):
+        keys.text_revision(passage.text, passage.column)
+    for step in recipe.steps:
+        if isinstance(step, Recover):
+            keys.training_revisions(step)
 
 
 def _compressed(recipe: Recipe, base: sources.Base, run_: Run) -> tuple[Path, str]:
     """The compressed model folder and its key."""
     windows = None
-    windows_key = ""
-    if any(step.calibrated for step in recipe.steps):
-        setting = recipe.calibration
-        text_revision = None if setting.source == "self" else _revision(setting.source, setting.column)
-        windows_key = _key(
-            "calibrate",
-            setting.model_dump(),
-            base.sha256,
-            text_revision,
-            code=("calibrate", *EVALUATION_CODE),
-        )
+    windows_key = keys.calibration(recipe, base.sha256)
+    if windows_key:
         folder = run_.stage(
-            "calibrate", windows_key, lambda out: calibrate.calibrate(setting, base.folder, out)
+            "calibrate",
+            windows_key,
+            lambda out: calibrate.calibrate(recipe.calibration, base.folder, out),
         )
         windows = calibrate.load_windows(folder)
     model, key = base.folder, base.sha256
     for number, step in enumerate(recipe.steps, 1):
-        key = _key("step", step.model_dump(), key, windows_key if step.calibrated else "", code=SOLVER_CODE)
+        if isinstance(step, Recover):
+            model, key = _recovered(step, number, (model, key), base, run_)
+            continue
+        key = keys.compression(step, key, windows_key)
         source = model
 
         def work(out: Path, step: Any = step, source: Path = source) -> None:
             compress.run_step(step, source, out, windows)
 
-        model = run_.stage(f"{number}. {step.kind} ({step.method})", key, work)
+        model = run_.stage(keys.step_name(number, step), key, work)
     return model, key
 
 
-def _revision(source: str, column: str) -> str:
-    """What a text is, before it is read as a whole: its content's hash, or its name on the Hub."""
-    if source.startswith("hub:"):
-        return source
-    path = text.expand(source)
-    return sha256_file(path) if path.is_file() else text.read_text(source, column=column).revision
+def _recovered(
+    step: Recover, number: int, model: tuple[Path, str], base: sources.Base, run_: Run
+) -> tuple[Path, str]:
+    """The trained model folder and its key. A training that was interrupted goes on from its last state."""
+    folder, before = model
+    teacher = base if step.teacher is None else sources.resolve(step.teacher, run_.store)
+    key = keys.recovery(step, before, teacher.sha256)
+    state = run_.store.root / "training" / key
+
+    def work(out: Path) -> None:
+        tokens = training_tokens(step, folder, teacher.folder, teacher.sha256, run_.store)
+        recover(Job(step=step, student=folder, teacher=teacher.folder, tokens=tokens, out=out, state=state))
+
+    trained = run_.stage(keys.step_name(number, step), key, work)
+    shutil.rmtree(state, ignore_errors=True)
+    return trained, key
 
 
 def _measured(
@@ -275,20 +302,19 @@ def _measured(
         ("entry", folder, key),
     )
     data = None if setting.data is None else text.expand(setting.data)
-    our_tasks = sha256_tree(TASKS)
     for subject, where, subject_key in subjects:
         for passage in setting.perplexity:
             found += _stage_of_measurements(
                 run_,
                 f"perplexity of the {subject}",
-                ["perplexity", subject, subject_key, _passage(passage)],
+                keys.perplexity(passage, subject, subject_key),
                 partial(_perplexity, where, passage, subject),
             )
-        for (few_shot, limit), names in _by_protocol(setting).items():
+        for (few_shot, limit), names in keys.by_protocol(setting).items():
             found += _stage_of_measurements(
                 run_,
                 f"{', '.join(names)} of the {subject}",
-                ["tasks", subject, subject_key, names, few_shot, limit, str(data or ""), our_tasks],
+                keys.tasks(names, few_shot, limit, data, subject, subject_key),
                 partial(
                     evaluate.lm_eval_tasks,
                     where,
@@ -303,22 +329,10 @@ def _measured(
         found += _stage_of_measurements(
             run_,
             "fidelity to the base",
-            ["fidelity", base.sha256, key, _passage(setting.fidelity)],
+            keys.fidelity(setting.fidelity, base.sha256, key),
             partial(_fidelity, base.folder, folder, setting.fidelity),
         )
     return found
-
-
-def _by_protocol(setting: Evaluation) -> Mapping[tuple[int, int | None], list[str]]:
-    """Tasks that one call of the harness can take together."""
-    groups: dict[tuple[int, int | None], list[str]] = {}
-    for task in setting.tasks:
-        groups.setdefault((task.few_shot, task.limit), []).append(task.name)
-    return groups
-
-
-def _passage(passage: Passage) -> list[Any]:
-    return [passage.model_dump(), _revision(passage.text, passage.column)]
 
 
 def _read_passage(folder: Path, passage: Passage) -> tuple[text.Ids, text.Text]:
@@ -341,12 +355,12 @@ def _fidelity(base: Path, folder: Path, passage: Passage) -> list[Measurement]:
 
 
 def _stage_of_measurements(
-    run_: Run, name: str, parts: Sequence[Any], work: Callable[[], list[Measurement]]
+    run_: Run, name: str, key: str, work: Callable[[], list[Measurement]]
 ) -> list[Measurement]:
     def write(out: Path) -> None:
         write_json(out / "measurements.json", [m.model_dump() for m in work()])
 
-    folder = run_.stage(name, _key(*parts, code=EVALUATION_CODE), write)
+    folder = run_.stage(name, key, write)
     return [Measurement.model_validate(m) for m in json.loads((folder / "measurements.json").read_text())]
 
 
@@ -359,7 +373,7 @@ def _exported(recipe: Recipe, base: sources.Base, model: tuple[Path, str], run_:
             if isinstance(setting, Safetensors):
                 for path in sorted(folder.iterdir()):
                     if path.name not in (checkpoint.GRID, CARD):
-                        _link_or_copy(path, out / path.name)
+                        link_or_copy(path, out / path.name)
             elif isinstance(setting, CompressedTensors):
                 target = out / "compressed-tensors"
                 target.mkdir()
@@ -371,11 +385,10 @@ def _exported(recipe: Recipe, base: sources.Base, model: tuple[Path, str], run_:
                 export_gguf.export_gguf(folder, out, setting.types, name=recipe.name, license=base.license)
         (out / "recipe.yaml").write_text(recipe.to_yaml())
 
-    settings = [setting.model_dump() for setting in recipe.exports]
-    return run_.stage("export", _key("export", settings, key, recipe.to_yaml(), code=EXPORT_CODE), export)
+    return run_.stage("export", keys.export(recipe, key), export)
 
 
-def _link_or_copy(source: Path, target: Path) -> None:
+def link_or_copy(source: Path, target: Path) -> None:
     """A hard link where the file system allows it: finished outputs never change."""
     try:
         os.link(source, target)
@@ -387,12 +400,12 @@ class _NotVerified(Exception):
     """Takes what was found past the store: a failed check is done again, as the machine may have failed."""
 
     def __init__(self, verifications: list[Verification], benchmarks: list[Benchmark]) -> None:
-        super().__init__(_failure(verifications))
+        super().__init__(failure_of(verifications))
         self.verifications = verifications
         self.benchmarks = benchmarks
 
 
-def _failure(verifications: list[Verification]) -> str | None:
+def failure_of(verifications: list[Verification]) -> str | None:
     if not verifications:
         return "nothing was verified: the recipe exports no file that a runner reads"
     return "; ".join(f"{v.artifact}: {v.reason}" for v in verifications if not v.passed) or None
@@ -416,8 +429,13 @@ def _verified(
         )
 
     engine = sha256_file(native.EXTENSION) if native.EXTENSION else "numpy"
-    key = _key(
-        "verify", exports.name, threads, this_machine().fingerprint, engine, code=("verify", *RUNNER_CODE)
+    key = keys.stage_key(
+        "verify",
+        exports.name,
+        threads,
+        this_machine().fingerprint,
+        engine,
+        code=("verify", *keys.RUNNER_CODE),
     )
     try:
         found = json.loads((run_.stage("verify", key, check) / "verified.json").read_text())
@@ -441,7 +459,7 @@ def _entry(
     benchmarks: list[Benchmark],
     run_: Run,
 ) -> Entry:
-    failure = _failure(verifications)
+    failure = failure_of(verifications)
     status: Status = "failed" if failure else "verified"
     analysis = analyze(model)
     entry = Entry(
@@ -461,19 +479,20 @@ def _entry(
         sparsity=analysis.sparsity or 0.0,
         bits_per_weight=analysis.smallest_bits_per_weight,
         compression_ratio=analysis.compression_ratio,
-        versions=_versions(),
+        versions=keys.library_versions(),
         layers=checkpoint.Checkpoint(model).compression(),
-        artifacts=_artifacts(exports),
+        artifacts=artifacts_of(exports),
         measurements=measurements,
         benchmarks=benchmarks,
         verifications=verifications,
+        training=thinned(earlier(model)),
         stages=run_.stages,
     )
-    _place(entry, exports, run_.store)
+    place(entry, exports, run_.store)
     return entry
 
 
-def _artifacts(exports: Path) -> list[Artifact]:
+def artifacts_of(exports: Path) -> list[Artifact]:
     found = []
     for path, (size, sha256) in file_table(exports).items():
         name = Path(path).name
@@ -513,7 +532,7 @@ def _packed_format(path: Path) -> str:
     return weights.most_common(1)[0][0]
 
 
-def _place(entry: Entry, exports: Path, store: Store) -> None:
+def place(entry: Entry, exports: Path, store: Store) -> None:
     """Put the entry's files, card and record under `entries/<id>` of the store, in one rename."""
     target = store.root / "entries" / entry.id
     with store.locked(f"entry-{entry.id}"), told_plainly(target):
@@ -524,26 +543,10 @@ def _place(entry: Entry, exports: Path, store: Store) -> None:
         for path in sorted(p for p in exports.rglob("*") if p.is_file()):
             destination = fresh / path.relative_to(exports)
             destination.parent.mkdir(exist_ok=True)
-            _link_or_copy(path, destination)
+            link_or_copy(path, destination)
         (fresh / CARD).write_text(cards.render(entry))
         write_json(fresh / "entry.json", entry.model_dump(mode="json"))
         if target.exists():
             target.rename(old)
         fresh.rename(target)
         shutil.rmtree(old, ignore_errors=True)
-
-
-def _key(*parts: Any, code: Sequence[str]) -> str:
-    """Hash of a stage's settings and inputs, its code, and the libraries."""
-    sources_ = [sha256_file(Path(__file__).parent / f"{module}.py") for module in code]
-    return sha256_json([list(parts), sources_, _versions()])
-
-
-def _versions() -> dict[str, str]:
-    found = {"sparse-zoo": __version__, "python": platform.python_version()}
-    for library in LIBRARIES:
-        try:
-            found[library] = version(library)
-        except PackageNotFoundError:
-            continue
-    return found

@@ -71,6 +71,41 @@ def resolve(source: str, store: Store) -> Base:
     )
 
 
+@dataclass(frozen=True)
+class Version:
+    """Which base model a source stands for now."""
+
+    revision: str  # as in `Base`
+    sha256: str | None  # as in `Base`; None: only its files, which are not at hand, would tell
+
+
+def peek(source: str) -> Version:
+    """What `resolve` would find, without fetching or checking it. Raises SourceError as `resolve`."""
+    kind, colon, rest = source.partition(":")
+    if colon and kind == "hub":
+        return Version(_hub_commit(source, rest), None)
+    if colon and kind == "pypi":
+        try:
+            return Version(importlib.metadata.version(rest), None)
+        except (importlib.metadata.PackageNotFoundError, ValueError) as error:
+            raise SourceError(f"package {rest!r} is not installed", try_=f"pip install {rest}") from error
+    path = Path(source.removeprefix("file:")).expanduser()
+    if path.is_dir():
+        return Version("local", _folder_sha256(path.absolute()))
+    if path.is_file():
+        return Version("local", sha256_file(path))
+    raise SourceError(f"there is no model at {source}", saw="no such file or folder")
+
+
+def _hub_commit(source: str, name: str) -> str:
+    from zoo.hub import client
+
+    repository, _, revision = name.partition("@")
+    if re.fullmatch(r"[0-9a-f]{40}", revision):
+        return revision
+    return str(client.describe(client.connect(None), repository, revision or "main").sha)
+
+
 def _from_hub(source: str, name: str) -> Base:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
@@ -163,7 +198,6 @@ def _from_folder(source: str, folder: Path, *, repository: str | None, revision:
     shards = _shards(folder)
     for shard in track(shards, f"checking {folder.name}"):
         check_finite(shard)
-    files = sorted({path for pattern in PATTERNS for path in folder.glob(pattern) if path.is_file()})
     return Base(
         folder=folder,
         source=source,
@@ -171,9 +205,14 @@ def _from_folder(source: str, folder: Path, *, repository: str | None, revision:
         config=config,
         repository=repository,
         revision=revision,
-        sha256=sha256_json([[path.name, sha256_file(path)] for path in files]),
+        sha256=_folder_sha256(folder),
         license=_license(folder),
     )
+
+
+def _folder_sha256(folder: Path) -> str:
+    files = sorted({path for pattern in PATTERNS for path in folder.glob(pattern) if path.is_file()})
+    return sha256_json([[path.name, sha256_file(path)] for path in files])
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -21,6 +21,8 @@ FORMS = (
     "a .txt or .parquet file, a folder laid out like a Hub data set, "
     "hub:org/name[/config][:split][@revision], or builtin:prose"
 )
+PIECE = 1 << 20
+Options = dict[str, Any]
 Ids = npt.NDArray[np.int64]
 
 
@@ -37,6 +39,15 @@ class Text:
         return "\n\n".join(self.documents)
 
 
+@dataclass(frozen=True)
+class Stream:
+    """As Text, its documents read as they are asked for."""
+
+    documents: Iterator[str]
+    name: str
+    revision: str
+
+
 def read_text(
     source: str, *, column: str = "text", split: str = "train", limit_bytes: int | None = None
 ) -> Text:
@@ -47,14 +58,45 @@ def read_text(
     """
     if source == "builtin:prose":
         return Text(_plain(PROSE, limit_bytes), source, sha256_file(PROSE))
-    if source.startswith("hub:"):
-        return _hub(source, column, split, limit_bytes)
     if source.startswith("builtin:"):
         raise CalibrationError(f"there is no text {source}", expected="builtin:prose")
     path = expand(source)
-    if path.suffix == ".txt" and path.is_file():
+    if not source.startswith("hub:") and path.suffix == ".txt" and path.is_file():
         return Text(_plain(path, limit_bytes), path.name, sha256_file(path))
-    return _local_data_set(path, column, split, limit_bytes)
+    found = _data_set(source, column, split)
+    return Text(tuple(_within(limit_bytes, found.documents)), found.name, found.revision)
+
+
+def stream(source: str, *, column: str = "text", split: str = "train") -> Stream:
+    """As `read_text`, one document after the other, for texts larger than memory; a .txt file is cut into
+    pieces of about PIECE characters at the ends of lines."""
+    if not source.startswith("hub:"):
+        path = expand(source)
+        if path.suffix == ".txt" and path.is_file():
+            return Stream(_pieces(path), path.name, sha256_file(path))
+    return _data_set(source, column, split)
+
+
+def _data_set(source: str, column: str, split: str) -> Stream:
+    options, name, revision = (_hub if source.startswith("hub:") else _local_data_set)(source, split)
+    return Stream(_documents(options, name, column), name, revision)
+
+
+def _pieces(path: Path) -> Iterator[str]:
+    lines: list[str] = []
+    size = 0
+    try:
+        with path.open(encoding="utf-8") as file:
+            for line in file:
+                lines.append(line)
+                size += len(line)
+                if size >= PIECE:
+                    yield "".join(lines)
+                    lines, size = [], 0
+    except UnicodeDecodeError as error:
+        raise CalibrationError(f"{path} is not UTF-8 text", saw=str(error)) from error
+    if size:
+        yield "".join(lines)
 
 
 def expand(path: str) -> Path:
@@ -108,14 +150,16 @@ def _plain(path: Path, limit: int | None) -> tuple[str, ...]:
     return (text,)
 
 
-def _local_data_set(path: Path, column: str, split: str, limit: int | None) -> Text:
+def _local_data_set(source: str, split: str) -> tuple[Options, str, str]:
+    """Options for `datasets`, name and revision."""
+    path = expand(source)
     if not path.exists() and ":" in path.name:
         name, _, split = path.name.rpartition(":")
         path = path.with_name(name)
     if path.suffix == ".parquet" and path.is_file():
         # A lone file is one split, which `datasets` calls train.
-        options: dict[str, Any] = {"path": "parquet", "data_files": str(path), "split": "train"}
-        return Text(_documents(options, path.name, column, limit), path.name, sha256_file(path))
+        options: Options = {"path": "parquet", "data_files": str(path), "split": "train"}
+        return options, path.name, sha256_file(path)
     if path.is_dir():
         folder, config = path, None
     elif path.parent.is_dir() and (path.parent / "README.md").is_file():
@@ -123,8 +167,7 @@ def _local_data_set(path: Path, column: str, split: str, limit: int | None) -> T
     else:
         raise CalibrationError(f"there is no text at {path}", saw=_what_is(path), expected=FORMS)
     options = {"path": str(folder), "name": config, "split": split}
-    name = f"{path.name}:{split}"
-    return Text(_documents(options, name, column, limit), name, sha256_tree(folder))
+    return options, f"{path.name}:{split}", sha256_tree(folder)
 
 
 def _what_is(path: Path) -> str:
@@ -133,7 +176,7 @@ def _what_is(path: Path) -> str:
     return f"{path.parent} exists, {path.name} does not" if path.parent.is_dir() else "no such folder either"
 
 
-def _hub(source: str, column: str, split: str, limit: int | None) -> Text:
+def _hub(source: str, split: str) -> tuple[Options, str, str]:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HFValidationError
 
@@ -161,24 +204,25 @@ def _hub(source: str, column: str, split: str, limit: int | None) -> Text:
         ) from error
     options = {"path": repository, "name": config or None, "split": split, "revision": commit}
     title = f"hub:{repository}{'/' if config else ''}{config}:{split}"
-    return Text(_documents(options, title, column, limit), title, str(commit))
+    return options, title, str(commit)
 
 
-def _documents(options: dict[str, Any], name: str, column: str, limit: int | None) -> tuple[str, ...]:
-    """The non-empty texts of one split, streamed, so that a limit also limits what is read."""
+def _documents(options: Options, name: str, column: str) -> Iterator[str]:
+    """The non-empty texts of one split, streamed, so that who stops asking stops the reading."""
     import datasets
 
     datasets.disable_progress_bars()
+    none = True
     try:
-        rows = datasets.load_dataset(**options, streaming=True)
-        documents = tuple(_within(limit, _column(rows, name, column)))
+        for document in _column(datasets.load_dataset(**options, streaming=True), name, column):
+            none = False
+            yield document
     except CalibrationError:
         raise
     except Exception as error:  # whatever a reader of foreign files raises means: this is not readable
         raise CalibrationError(f"{name} cannot be read", saw=_reason(error)) from error
-    if not documents:
+    if none:
         raise CalibrationError(f"{name} holds no text in column {column!r}")
-    return documents
 
 
 def _column(rows: Any, name: str, column: str) -> Iterator[str]:

@@ -20,14 +20,15 @@ from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sqlalchemy import inspect
+from sqlalchemy import MetaData, inspect, make_url
 
 from tests.example import MACHINE, entry
+from tests.postgres import database
 from zoo import entry as records
 from zoo.entry import Entry, Machine, Record, Stage
 from zoo.errors import RegistryError, UsageError
 from zoo.files import sha256_json
-from zoo.registry import models, open_registry, registry
+from zoo.registry import Figures, Query, models, open_registry, registry
 from zoo.registry.registry import HEAD, MIGRATIONS, Registry, Run
 
 ROOT = Path(__file__).parents[1]
@@ -41,10 +42,44 @@ def fresh(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def fresh_postgres() -> str:
+    url = database()
+    open_registry(url).engine.dispose()
+    return url
+
+
 @pytest.fixture
-def opened(tmp_path: Path, fresh: Path) -> Registry:
+def in_file(tmp_path: Path, fresh: Path) -> Registry:
+    """A registry in SQLite's file `registry.db`."""
     shutil.copy(fresh, tmp_path / "registry.db")
     return open_registry(str(tmp_path / "registry.db"))
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def opened(request: pytest.FixtureRequest) -> Iterator[Registry]:
+    """A registry in each of the databases."""
+    if request.param == "sqlite":
+        yield request.getfixturevalue("in_file")
+        return
+    found = open_registry(database(template=request.getfixturevalue("fresh_postgres")))
+    yield found
+    found.engine.dispose()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def empty(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The URL of an empty database."""
+    return database() if request.param == "postgresql" else str(tmp_path / "registry.db")
+
+
+def url_of(opened: Registry) -> str:
+    return opened.engine.url.render_as_string(hide_password=False)
+
+
+def count(opened: Registry, table: str) -> int:
+    with opened.engine.connect() as connection:
+        return connection.exec_driver_sql(f"SELECT count(*) FROM {table}").scalar_one()
 
 
 def rows(path: Path, query: str) -> list[Any]:
@@ -66,9 +101,9 @@ def test_an_entry_comes_back_as_it_was_put(opened: Registry) -> None:
     assert opened.get(one.id).model_dump_json() == one.model_dump_json()
 
 
-TEXT = st.text(max_size=20)
+TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=20)
 FINITE = st.floats(allow_nan=False, allow_infinity=False)
-COUNT = st.integers(0, 2**62)
+COUNT = st.integers(0, 2**60)  # so that the sum of a few still fits
 HASH = st.text("0123456789abcdef", min_size=64, max_size=64)
 
 
@@ -99,7 +134,8 @@ ENTRIES = st.builds(
     base_model=TEXT,
     base_repository=st.none() | TEXT,
     base_revision=TEXT,
-    base_sha256=HASH,
+    base_sha256=st.none() | HASH,
+    origin=st.none() | TEXT,
     license=st.none() | TEXT,
     recipe=TEXT,
     recipe_sha256=HASH,
@@ -115,6 +151,10 @@ ENTRIES = st.builds(
     benchmarks=st.lists(built(records.Benchmark, machine=MACHINES), max_size=2),
     verifications=st.lists(built(records.Verification), max_size=2),
     stages=st.lists(built(Stage), max_size=3),
+    publications=st.lists(built(records.Publication, commit=HASH.map(lambda h: h[:40])), max_size=2),
+    training=st.lists(
+        built(records.TrainingPoint, terms=st.dictionaries(TEXT, FINITE, max_size=2)), max_size=3
+    ),
 )
 
 
@@ -131,22 +171,28 @@ def test_any_entry_comes_back_as_it_was_put(opened: Registry, one: Entry) -> Non
         (Entry, models.EntryRow),
         (Machine, models.MachineRow),
         (Run, models.RunRow),
+        (Figures, models.IndexRow),
         *registry._PARTS.values(),
     ],
 )
 def test_every_field_has_a_column(record: type[Record], row: type[models.Base]) -> None:
     columns = {column.name.removesuffix("_fingerprint") for column in row.__table__.columns}
+    assert set(registry._PARTS) < set(Entry.model_fields)
     lists = set(registry._PARTS) if record in (Entry, Run) else set()
+    if record is Figures:  # beside copies of the entry's own fields
+        assert set(record.model_fields) < columns
+        return
     assert columns - {"entry_id", "position"} == set(record.model_fields) - lists - {"entry_id"}
 
 
-def test_putting_again_replaces(opened: Registry, tmp_path: Path) -> None:
+def test_putting_again_replaces(opened: Registry) -> None:
     one = entry()
     opened.put(one)
     fewer = entry(layers=one.layers[:1], stages=[], status="published")
     opened.put(fewer)
     assert opened.get(one.id) == fewer
-    assert rows(tmp_path / "registry.db", "SELECT count(*) FROM layers") == [(1,)]
+    assert count(opened, "layers") == 1
+    assert count(opened, "entry_index") == 1
 
 
 def test_a_failed_put_changes_nothing(opened: Registry) -> None:
@@ -156,6 +202,19 @@ def test_a_failed_put_changes_nothing(opened: Registry) -> None:
     with pytest.raises(RegistryError, match="fingerprint"):
         opened.put(entry(license="mit", benchmarks=[impostor]))
     assert opened.get(one.id) == one
+
+
+@pytest.mark.parametrize("change", [{"parameters": 2**70}, {"license": "a\0b"}])
+def test_what_a_database_cannot_hold_is_refused(opened: Registry, change: dict[str, Any]) -> None:
+    """But for NUL in SQLite, which holds it."""
+    one = entry(**change)
+    if "license" in change and opened.engine.dialect.name == "sqlite":
+        opened.put(one)
+        assert opened.get(one.id) == one
+        return
+    with pytest.raises(RegistryError, match="cannot hold"):
+        opened.put(one)
+    assert opened.count() == 0
 
 
 # --- queries ---
@@ -222,15 +281,15 @@ def test_runs(opened: Registry) -> None:
 
 
 def test_foreign_keys_are_on(opened: Registry) -> None:
-    with pytest.raises(Exception, match="FOREIGN KEY"), opened.engine.begin() as connection:
+    with pytest.raises(Exception, match=r"(?i)foreign key"), opened.engine.begin() as connection:
         connection.exec_driver_sql(
             "INSERT INTO stages (entry_id, position, name, key, status, seconds)"
             " VALUES ('x', 0, '', '', '', 0)"
         )
 
 
-def test_wal_and_nothing_left_beside_the_file(opened: Registry, tmp_path: Path) -> None:
-    opened.put(entry())
+def test_wal_and_nothing_left_beside_the_file(in_file: Registry, tmp_path: Path) -> None:
+    in_file.put(entry())
     assert [p.name for p in tmp_path.iterdir()] == ["registry.db"]
     assert rows(tmp_path / "registry.db", "PRAGMA journal_mode") == [("wal",)]
 
@@ -239,25 +298,23 @@ PUT_MANY = """
 import sys
 from tests.example import entry
 from zoo.registry import open_registry
-opened = open_registry(sys.argv[1])
+in_file = open_registry(sys.argv[1])
 for i in range(10):
-    opened.put(entry(f"shared-{i}"))
-    opened.put(entry(f"own-{sys.argv[2]}-{i}"))
+    in_file.put(entry(f"shared-{i}"))
+    in_file.put(entry(f"own-{sys.argv[2]}-{i}"))
 """
 
 
-def test_processes_that_put_at_once(tmp_path: Path) -> None:
+def test_processes_that_put_at_once(empty: str) -> None:
     """They also create the registry at once."""
-    path = tmp_path / "registry.db"
-    writers = [
-        subprocess.Popen([sys.executable, "-c", PUT_MANY, str(path), str(n)], cwd=ROOT) for n in range(3)
-    ]
+    writers = [subprocess.Popen([sys.executable, "-c", PUT_MANY, empty, str(n)], cwd=ROOT) for n in range(3)]
     assert [writer.wait(60) for writer in writers] == [0, 0, 0]
-    opened = open_registry(str(path), create=False)
-    assert len(opened.entries()) == 10 + 3 * 10
+    opened = open_registry(empty, create=False)
+    assert len(opened.entries()) == opened.count() == 10 + 3 * 10
     assert opened.get("shared-3") == entry("shared-3")
-    assert rows(path, "PRAGMA integrity_check") == [("ok",)]
-    assert rows(path, "PRAGMA foreign_key_check") == []
+    if "://" not in empty:
+        assert rows(Path(empty), "PRAGMA integrity_check") == [("ok",)]
+        assert rows(Path(empty), "PRAGMA foreign_key_check") == []
 
 
 # --- migrations ---
@@ -265,26 +322,84 @@ def test_processes_that_put_at_once(tmp_path: Path) -> None:
 
 def schema_of(opened: Registry) -> dict[str, Any]:
     look = inspect(opened.engine)
-    return {table: sorted(c["name"] for c in look.get_columns(table)) for table in look.get_table_names()}
+    return {
+        table: (
+            sorted((c["name"], str(c["type"]), c["nullable"]) for c in look.get_columns(table)),
+            sorted(str(index["name"]) for index in look.get_indexes(table)),
+            sorted(str(key["name"]) for key in look.get_foreign_keys(table)),
+        )
+        for table in look.get_table_names()
+    }
+
+
+def differences(opened: Registry) -> list[Any]:
+    """Between the migrations and the models, but for the indexes that only the migrations describe."""
+
+    def in_both(described: Any, name: str | None, kind: str, *_: object) -> bool:
+        if kind == "index":
+            return bool(described.table.name != "entry_index")
+        return kind != "table" or not str(name).startswith("entry_text")
+
+    with opened.engine.connect() as connection:
+        context = MigrationContext.configure(connection, opts={"include_object": in_both})
+        return list(compare_metadata(context, models.Base.metadata))
 
 
 def test_models_match_the_migrations(opened: Registry) -> None:
-    with opened.engine.connect() as connection:
-        assert compare_metadata(MigrationContext.configure(connection), models.Base.metadata) == []
+    assert differences(opened) == []
 
 
-def test_upgrade_and_downgrade_from_every_revision(opened: Registry, tmp_path: Path) -> None:
+def test_upgrade_and_downgrade_from_every_revision(opened: Registry) -> None:
     script = ScriptDirectory.from_config(registry._alembic())
     assert script.get_heads() == [HEAD]
     at_head = schema_of(opened)
+    opened.put(entry())
+    opened.put(entry("imported", base_sha256=None, origin="hub:org/name@1", recipe=""))
     for revision in script.walk_revisions():
         with opened.engine.execution_options(zoo_begin="migrate").begin() as connection:
             command.downgrade(registry._alembic(connection), revision.down_revision or "base")
-        again = open_registry(str(tmp_path / "registry.db"))
+        again = open_registry(url_of(opened))
         assert again.revision() == HEAD
         assert schema_of(again) == at_head
-    with opened.engine.connect() as connection:
-        assert compare_metadata(MigrationContext.configure(connection), models.Base.metadata) == []
+        # The first schema cannot hold an entry without a base; what is below that holds nothing.
+        kept = {None: set(), "0001": {entry().id}}.get(revision.down_revision, {entry().id, "imported"})  # type: ignore[arg-type]
+        assert {e.id for e in again.entries()} == kept
+        again.engine.dispose()
+    assert differences(opened) == []
+
+
+def test_an_older_registry_is_upgraded_with_its_entries(empty: str) -> None:
+    old = [
+        entry(),
+        entry("mpt-b.1", family="mpt", benchmarks=[], measurements=[]),
+        entry("c", status="failed"),
+    ]
+    engine = registry._engine(make_url(empty if "://" in empty else f"sqlite:///{empty}"))
+    with engine.execution_options(zoo_begin="migrate").begin() as connection:
+        command.upgrade(registry._alembic(connection), "0001")
+    tables = MetaData()
+    tables.reflect(engine)
+    with engine.begin() as connection:
+        connection.execute(tables.tables["machines"].insert(), [MACHINE.model_dump()])
+        for one in old:
+            lists = set(registry._PARTS)
+            values = one.model_dump(exclude={*lists, "origin"})
+            connection.execute(tables.tables["entries"].insert(), [values])
+            for name in lists & tables.tables.keys():
+                parts = [registry._values(part) for part in getattr(one, name)]
+                rows_ = [{"entry_id": one.id, "position": i, **part} for i, part in enumerate(parts)]
+                if rows_:
+                    connection.execute(tables.tables[name].insert(), rows_)
+    engine.dispose()
+    with pytest.raises(RegistryError, match="older zoo"):
+        open_registry(empty, create=False)
+    opened = open_registry(empty)
+    assert [opened.get(one.id) for one in old] == old
+    assert opened.count() == 3
+    assert {e.id for e in opened.entries()} == {old[0].id, "mpt-b.1"}
+    assert [e.id for e in opened.search(Query(text="Q4_0", min_size=91_726_048, max_size=91_726_048)).entries]
+    assert opened.search(Query(sort="speed")).entries[0].figures.speed == 71.25
+    assert differences(opened) == []
 
 
 def test_migrations_do_not_import_the_live_models() -> None:
@@ -302,17 +417,16 @@ def test_the_committed_registry_is_at_head(tmp_path: Path) -> None:
     assert opened.revision() == HEAD
     for summary in opened.entries(include_failed=True):
         assert opened.get(summary.id).status != "failed"
-    with opened.engine.connect() as connection:
-        assert compare_metadata(MigrationContext.configure(connection), models.Base.metadata) == []
+    assert differences(opened) == []
     assert committed.read_bytes() == before  # reading changes nothing
 
 
 # --- refused, and nothing lost ---
 
 
-def test_newer_schema_is_refused(opened: Registry, tmp_path: Path) -> None:
+def test_newer_schema_is_refused(in_file: Registry, tmp_path: Path) -> None:
     path = tmp_path / "registry.db"
-    with opened.engine.begin() as connection:
+    with in_file.engine.begin() as connection:
         connection.exec_driver_sql("UPDATE alembic_version SET version_num = '9999'")
     before = path.read_bytes()
     with pytest.raises(RegistryError, match="newer zoo") as caught:
@@ -344,8 +458,8 @@ def test_corrupted_file_is_refused(tmp_path: Path) -> None:
     assert path.read_bytes() == b"this is no database, " * 1000
 
 
-def test_truncated_file_is_refused(opened: Registry, tmp_path: Path) -> None:
-    opened.put(entry())
+def test_truncated_file_is_refused(in_file: Registry, tmp_path: Path) -> None:
+    in_file.put(entry())
     path = tmp_path / "registry.db"
     with path.open("r+b") as file:
         file.truncate(path.stat().st_size // 3)
@@ -451,7 +565,9 @@ def test_an_unwritable_place_is_refused(read_only: Path) -> None:
         open_registry(str(read_only / "below-a-file" / "registry.db"))
 
 
-def test_a_locked_registry_says_so(opened: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_locked_registry_says_so(
+    in_file: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(registry, "BUSY_TIMEOUT_S", 0.1)
     holder = sqlite3.connect(tmp_path / "registry.db", isolation_level=None)
     holder.execute("BEGIN IMMEDIATE")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import io
 import json
 import os
@@ -17,10 +18,12 @@ from zoo import __version__
 from zoo.errors import UsageError, ZooError
 
 if TYPE_CHECKING:
-    from zoo.entry import Entry, Measurement, Record
+    from zoo.best import Best
+    from zoo.entry import Entry, Machine, Measurement, Record
     from zoo.registry import Registry, Summary
     from zoo.runner.bench import Bench
     from zoo.runner.pack import PackedMatrix, PackReport
+    from zoo.search import Hit
 
 DONE, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
 # An error of the command line's own syntax; Typer does not export its base class.
@@ -37,8 +40,10 @@ app = typer.Typer(
 )
 recipes = typer.Typer(help="Recipes: what may stand in one, and whether one is right.", no_args_is_help=True)
 registries = typer.Typer(help="The registry's own upkeep.", no_args_is_help=True)
+tokens = typer.Typer(help="Who may use the server of `zoo serve`.", no_args_is_help=True)
 app.add_typer(recipes, name="recipe")
 app.add_typer(registries, name="registry")
+app.add_typer(tokens, name="token")
 
 RegistryOption = Annotated[
     str,
@@ -66,6 +71,16 @@ ContextOption = Annotated[
 ]
 KvOption = Annotated[str, typer.Option("--kv", help="How keys and values are kept: f16 or int8.")]
 EntryArgument = Annotated[str, typer.Argument(metavar="ID", help="An entry's id, as `zoo list` shows it.")]
+EndpointOption = Annotated[
+    str | None,
+    typer.Option("--endpoint", metavar="URL", help="Default: HF_ENDPOINT, or https://huggingface.co."),
+]
+MachineOption = Annotated[
+    str | None,
+    typer.Option(
+        "--for", metavar="MACHINE", help="Speed on it: a part of its CPU's name, its fingerprint, or `this`."
+    ),
+]
 REGISTRY = "registry.db"
 STORE = Path("~/.cache/sparse-zoo")
 
@@ -193,6 +208,174 @@ def list_(
 
 
 @app.command()
+def search(
+    text: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[TEXT...]", help="Words of a name, base, method, format ..."),
+    ] = None,
+    family: Annotated[list[str] | None, typer.Option(help="llama, mistral or mpt; may be repeated.")] = None,
+    base: Annotated[list[str] | None, typer.Option(help="Base model; may be repeated.")] = None,
+    method: Annotated[list[str] | None, typer.Option(help="E.g. sparsegpt+gptq; may be repeated.")] = None,
+    pattern: Annotated[
+        list[str] | None, typer.Option(help="8:16, unstructured, dense ...; may be repeated.")
+    ] = None,
+    license_: Annotated[
+        list[str] | None, typer.Option("--license", help="E.g. apache-2.0; may be repeated.")
+    ] = None,
+    status: Annotated[
+        list[str] | None, typer.Option(help="verified, published or failed. Default: all but failed.")
+    ] = None,
+    max_size: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Of its smallest form at most, e.g. 200MB.")
+    ] = None,
+    min_sparsity: Annotated[str | None, typer.Option(metavar="S", help="At least, e.g. 50% or 0.5.")] = None,
+    bits: Annotated[float | None, typer.Option(help="Bits per weight at most.")] = None,
+    sort: Annotated[
+        str, typer.Option(help="newest, id, accuracy, perplexity, speed, size, bits or sparsity; best first.")
+    ] = "newest",
+    reverse: Annotated[bool, typer.Option("--reverse", help="Worst first.")] = False,
+    machine: MachineOption = None,
+    limit: Annotated[int, typer.Option(min=1, help="Lines.")] = 20,
+    offset: Annotated[int, typer.Option(min=0, help="Lines to skip.")] = 0,
+    remote: Annotated[bool, typer.Option("--remote", help="What is on the Hub too.")] = False,
+    endpoint: EndpointOption = None,
+    registry: RegistryOption = REGISTRY,
+    as_json: JsonOption = False,
+) -> None:
+    """Find entries: here, and with --remote or --endpoint on the Hub or a zoo server."""
+    from zoo import search as searching
+    from zoo.registry import Query, open_registry
+
+    query = Query(
+        text=_printable(" ".join(text)) if text else None,
+        families=tuple(_one_of("--family", name, "llama mistral mpt") for name in family or []),
+        bases=tuple(map(_printable, base or [])),
+        methods=tuple(map(_printable, method or [])),
+        patterns=tuple(map(_printable, pattern or [])),
+        licenses=tuple(map(_printable, license_ or [])),
+        statuses=tuple(_one_of("--status", name, "verified published failed") for name in status or []),
+        max_size=None if max_size is None else int(_amount("--max-size", max_size, "size")),
+        min_sparsity=None if min_sparsity is None else _amount("--min-sparsity", min_sparsity, "sparsity"),
+        max_bits=bits,
+        sort=_one_of("--sort", sort, "newest id accuracy perplexity speed size bits sparsity"),
+        reverse=reverse,
+        machine=_machine_name(machine),
+        limit=limit,
+        offset=offset,
+    )
+    hub = None
+    if remote or endpoint is not None:
+        from zoo.hub import client
+
+        hub = client.connect(endpoint)
+    absent = hub is not None and "://" not in registry and not Path(registry).expanduser().exists()
+    local = None if absent else open_registry(registry, create=False)
+    if hub is None and local is not None and query.machine is not None:
+        _check_machine(local, query.machine)
+    found = searching.search(query, local, hub)
+    if as_json:
+        _print_json(found)
+        return
+    if found.hits:
+        where = ["where"] if hub is not None else []
+        head = ["id", *where, "status", "sparsity", "bits/weight", "size", "accuracy", "perplexity (base)"]
+        _print_table([*head, "decode tok/s"], [_hit_line(hit, bool(where)) for hit in found.hits])
+    total = f"more than {found.total:,}" if found.more else f"{found.total:,}"
+    shown = (
+        f"{offset + 1}-{offset + len(found.hits)} of {total} entries"
+        if found.hits
+        else f"0 of {total} entries"
+    )
+    further = found.more or found.total > offset + len(found.hits)
+    print(shown + (f"; --offset {offset + limit} shows more" if further else ""), file=sys.stderr)
+
+
+@app.command()
+def best(
+    base: Annotated[str, typer.Option(help="Base model, by its source or repository.")],
+    optimize: Annotated[str, typer.Option(help="accuracy, speed, size or ppl.")] = "accuracy",
+    within: Annotated[
+        str, typer.Option(metavar="LIMITS", help='E.g. "accuracy>=0.98*base,size<=200MB".')
+    ] = "",
+    machine: MachineOption = None,
+    all_: Annotated[bool, typer.Option("--all", help="The whole Pareto front.")] = False,
+    registry: RegistryOption = REGISTRY,
+    as_json: JsonOption = False,
+) -> None:
+    """Of a base model's entries, the best for a target, or with --all all that none beats."""
+    from zoo import best as choosing
+    from zoo.registry import Query
+
+    target = _one_of("--optimize", optimize, " ".join(choosing.OPTIMIZED))
+    limits = choosing.parse_within(within)
+    opened = _open(registry)
+    name = _machine_name(machine)
+    machines = None if name is None else [m.fingerprint for m in _check_machine(opened, name)]
+    page = opened.search(Query(bases=(_printable(base),), limit=None))
+    if not page.total:
+        known = opened.facets().bases
+        near = difflib.get_close_matches(base, known, n=3, cutoff=0.4)
+        raise ZooError(
+            f"no entry of the base model {base!r} in the registry {opened.name}",
+            expected=", ".join(near or list(known)[:5]) or "an entry; `zoo run RECIPE` makes one",
+        )
+    found = choosing.best(base, page.entries, target, limits, machines)
+    if as_json:
+        _print_json(found if all_ else found.model_copy(update={"front": found.front[:1]}))
+    else:
+        _print_best(found, all_)
+
+
+@app.command("import")
+def import_(
+    source: Annotated[
+        str,
+        typer.Argument(metavar="SOURCE", help="hub:ORG/NAME[@REVISION], a model folder or a .gguf file."),
+    ],
+    file: Annotated[
+        list[str] | None, typer.Option(metavar="PATTERN", help="Which GGUF file, where there are several.")
+    ] = None,
+    entry_id: Annotated[
+        str | None, typer.Option("--id", help="Default: the repository's or file's name.")
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(metavar="ORG/NAME", help="Base model; default: what the model card says.")
+    ] = None,
+    threads: ThreadsOption = None,
+    store: StoreOption = STORE,
+    registry: RegistryOption = REGISTRY,
+    as_json: JsonOption = False,
+) -> None:
+    """Record a model that others published as an entry, after analysing it and checking that it runs."""
+    from zoo.files import Store
+    from zoo.importing import check_id
+    from zoo.registry import open_registry
+
+    if entry_id is not None:
+        check_id(entry_id)
+
+    from pipelines.import_model import import_model  # after it, as this imports torch, which takes seconds
+
+    entry = import_model(
+        source,
+        Store(store.expanduser()),
+        open_registry(registry),
+        files=file or (),
+        entry_id=entry_id,
+        base=base,
+        threads=threads,
+    )
+    if as_json:
+        _print_json(entry)
+    else:
+        _print_entry(entry)
+    if entry.status == "failed":
+        raise ZooError(
+            f"{entry.id} failed: {entry.failure or 'no reason recorded'}", try_=f"zoo show {entry.id}"
+        )
+
+
+@app.command()
 def show(entry_id: EntryArgument, registry: RegistryOption = REGISTRY, as_json: JsonOption = False) -> None:
     """Show all that is known of an entry."""
     entry = _open(registry).get(entry_id)
@@ -306,6 +489,8 @@ def bench(
         threads or this_machine().cores, prompt, generate, context_at, _one_of("--kv", kv, "f16 int8"), repeat
     )
     store = store.expanduser()
+    for target in targets or []:
+        _pull_if_absent(target, store)
     opened = [contenders.find(target, store) for target in targets or []]
     planned = contenders.plan(
         opened,
@@ -361,6 +546,79 @@ def pack(
 
 
 @app.command()
+def push(
+    entry_id: EntryArgument,
+    to: Annotated[
+        str | None, typer.Option("--to", metavar="NAMESPACE", help="A user or organisation; default: yours.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="A repository that only you may see.")] = False,
+    endpoint: EndpointOption = None,
+    store: StoreOption = STORE,
+    registry: RegistryOption = REGISTRY,
+    as_json: JsonOption = False,
+) -> None:
+    """Publish a verified entry on the Hub, or a zoo server, in one commit."""
+    from cards import render
+    from zoo.hub import client
+    from zoo.hub.push import push as publish
+
+    publication = publish(
+        entry_id,
+        client.connect(endpoint),
+        store=store.expanduser(),
+        registry=_open(registry),
+        card=render,
+        to=to,
+        private=private,
+    )
+    if as_json:
+        _print_json(publication)
+    else:
+        print(f"{publication.endpoint}/{publication.repository}/tree/{publication.tag}")
+
+
+@app.command()
+def pull(
+    target: Annotated[
+        str, typer.Argument(metavar="ID|NAMESPACE/NAME", help="An entry's id, or any repository of the Hub.")
+    ],
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit. Default: main.")] = None,
+    only: Annotated[
+        str | None, typer.Option(help="gguf, sparse or safetensors: the files for one kind of runner.")
+    ] = None,
+    dest: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Plain files here, not the Hub's cache.")
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Fetch again what is here; replace another entry of this id.")
+    ] = False,
+    endpoint: EndpointOption = None,
+    store: StoreOption = STORE,
+    registry: RegistryOption = REGISTRY,
+    as_json: JsonOption = False,
+) -> None:
+    """Fetch an entry from the Hub, or a zoo server, and check every file. Goes on where it was stopped."""
+    from zoo.hub import client
+    from zoo.hub import pull as pulling
+    from zoo.registry import open_registry
+
+    pulled = pulling.pull(
+        target,
+        client.connect(endpoint),
+        store=store.expanduser(),
+        registry=open_registry(registry),
+        revision=revision,
+        only=_one_of("--only", only, "gguf sparse safetensors"),
+        dest=dest and dest.expanduser(),
+        force=force,
+    )
+    if as_json:
+        _print_json(pulled)
+    else:
+        print(pulled.folder)
+
+
+@app.command()
 def generate(
     target: ModelArgument,
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="Text to go on with; - reads it.")],
@@ -394,6 +652,7 @@ def generate(
         except UnicodeDecodeError as error:
             raise UsageError("the prompt is not UTF-8", saw=f"byte {error.start}: {error.reason}") from error
     kept = _one_of("--kv", kv, "f16 int8")
+    _pull_if_absent(target, store)
     model = load(target, threads=threads, context=context, kv=kept, store=store)
     stream = model.generate(prompt, stream=True, **asdict(options))
     for piece in stream:
@@ -438,6 +697,7 @@ def chat(
         max_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, tuple(stop or ())
     )
     kept = _one_of("--kv", kv, "f16 int8")
+    _pull_if_absent(target, store)
     model = load(target, threads=threads, context=context, kv=kept, store=store)
     model.prompt_of([{"role": "user", "content": "Hello"}])  # a model without a template: now, not later
 
@@ -449,6 +709,73 @@ def chat(
             stream.close()
 
     converse(answer, _lines(), _show)
+
+
+@app.command("app")
+def web(
+    host: Annotated[
+        str, typer.Option(help="Address to listen at; 0.0.0.0: reached from everywhere.")
+    ] = "127.0.0.1",
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Default: 8501, or the next one that is free.")
+    ] = None,
+    store: StoreOption = STORE,
+    registry: RegistryOption = REGISTRY,
+) -> None:
+    """Serve the web app: browse, compare and try entries, and watch runs. Ctrl-C ends it."""
+    from app.launch import serve
+
+    serve(registry, store, host, port)
+
+
+@app.command()
+def serve(
+    host: Annotated[
+        str, typer.Option(help="Address to listen at; others need tokens to exist.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free one.")] = 8750,
+    collect: Annotated[
+        bool, typer.Option("--collect", help="Remove files that no repository names, and exit.")
+    ] = False,
+    store: StoreOption = STORE,
+    registry: Annotated[
+        str | None,
+        typer.Option(
+            "--registry", envvar="ZOO_REGISTRY", help="Show its entries too: a path or SQLAlchemy URL."
+        ),
+    ] = None,
+) -> None:
+    """Serve models and data sets to every client of the Hub. Ctrl-C ends it."""
+    from zoo.hub.store import HubStore
+
+    hub = HubStore(store.expanduser() / "hub")
+    if collect:
+        count, freed = hub.collect()
+        print(f"removed {count} files, {_size(freed)}")
+        return
+    try:
+        from zoo.hub.server import serve as serve_hub
+    except ImportError as error:
+        raise ZooError(
+            f"the server needs {error.name}", saw=str(error), try_="pip install 'sparse-zoo[serve]'"
+        ) from error
+
+    entries = None if registry is None else _open(registry)
+    serve_hub(hub, host, port, entries, lambda url: print(f"zoo: serving {url} from {store}", flush=True))
+
+
+@tokens.command("create")
+def create_token(
+    name: Annotated[str, typer.Option(help="Whose it is; the namespace of what it creates without one.")],
+    scope: Annotated[str, typer.Option(help="read or write.")],
+    store: StoreOption = STORE,
+) -> None:
+    """Make a token for the server, and print it: this once, as the store keeps only its hash."""
+    from zoo.hub.store import HubStore
+    from zoo.hub.tokens import create_token as create
+
+    hub = HubStore(store.expanduser() / "hub")
+    print(create(hub, name, _one_of("--scope", scope, "read write")))
 
 
 @app.command()
@@ -518,6 +845,42 @@ def _open(url: str) -> Registry:
     return open_registry(url, create=False)
 
 
+def _pull_if_absent(target: str, store: Path) -> None:
+    """If `target` is no file, but could be the id of an entry that is not here, pull what runs of it.
+
+    The entry goes into the registry if there is one. If it cannot be found, what is said is what the store
+    lacks, and why the Hub did not have it.
+    """
+    from zoo.runner.generate import find
+
+    absent: ZooError
+    try:
+        path = find(target, store)
+        if path.exists():
+            return
+        absent = ZooError(f"the files of {target} are gone", saw=f"no {path.resolve()}")
+    except ZooError as error:
+        if "/" in target or target.endswith((".gguf", ".safetensors")) or Path(target).expanduser().exists():
+            raise
+        absent = error
+
+    from zoo.hub import client, pull
+    from zoo.progress import say
+    from zoo.registry import open_registry
+
+    hub = client.connect()
+    try:
+        repository = pull.resolve(hub, target)
+    except ZooError as error:
+        absent.saw = "; ".join(filter(None, (absent.saw, error.what, error.saw)))
+        raise absent from error
+    say(f"{target} is not here: pulling {repository} from {hub.endpoint}")
+    url = os.environ.get("ZOO_REGISTRY") or REGISTRY
+    there = "://" in url or Path(url).expanduser().exists()
+    registry = open_registry(url) if there else None
+    pull.pull(repository, hub, store=store.expanduser(), registry=registry, only="sparse")
+
+
 def _show(text: str) -> None:
     """Print a piece of a model's text at once; on a terminal without codes that would steer it."""
     if sys.stdout.isatty():
@@ -546,6 +909,41 @@ def _lines() -> Iterator[str]:
             if not terminal:
                 raise
             print("\nCtrl-D leaves", file=sys.stderr)
+
+
+def _printable(text: str) -> str:
+    """An argument that is no UTF-8 finds nothing, and must not stop anything."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def _amount(option: str, text: str, figure: Any) -> float:
+    from zoo.best import amount
+
+    try:
+        return amount(text, figure)
+    except ValueError as error:
+        raise UsageError(f"{option} {text!r} is not possible", expected=str(error)) from error
+
+
+def _machine_name(name: str | None) -> str | None:
+    """What --for means: `this` is the machine that the command runs on."""
+    if name != "this":
+        return None if name is None else _printable(name)
+    from zoo.machine import this_machine
+
+    return this_machine().fingerprint
+
+
+def _check_machine(registry: Registry, name: str) -> list[Machine]:
+    """The machines that `name` means. UsageError if nothing was measured on such a one."""
+    found = registry.machines(name)
+    if not found:
+        known = dict.fromkeys(machine.cpu for machine in registry.machines())
+        raise UsageError(
+            f"nothing in the registry {registry.name} was measured on a machine {name!r}",
+            expected="; ".join(known) or "entries with measured speed",
+        )
+    return found
 
 
 def _one_of(option: str, value: str | None, known: str) -> Any:
@@ -808,6 +1206,56 @@ def _line(summary: Summary) -> list[str]:
         perplexity,
         "-" if decode is None else f"{decode:.1f}",
     ]
+
+
+def _hit_line(hit: Hit, where: bool) -> list[str]:
+    figures = hit.figures
+    perplexity = "-" if figures.perplexity is None else f"{figures.perplexity:.4g}"
+    if figures.base_perplexity is not None:
+        perplexity += f" ({figures.base_perplexity:.4g})"
+    return [
+        hit.id,
+        *([", ".join(place.repository or place.endpoint for place in hit.places)] if where else []),
+        hit.status,
+        _percent(hit.sparsity),
+        f"{hit.bits_per_weight:.3g}",
+        "-" if figures.size is None else _size(figures.size),
+        "-" if figures.accuracy is None else f"{figures.accuracy:.4f}",
+        perplexity,
+        "-" if figures.speed is None else f"{figures.speed:.1f}",
+    ]
+
+
+def _print_best(found: Best, whole_front: bool) -> None:
+    def cell(value: float | None, base: float | None) -> str:
+        if value is None:
+            return "-"
+        return f"{value:.4g}" + (f" (base {base:.4g})" if base is not None else "")
+
+    rows = [
+        [
+            c.id,
+            cell(c.accuracy, c.base_accuracy),
+            cell(c.ppl, c.base_ppl),
+            "-" if c.speed is None else f"{c.speed:.1f}",
+            "-" if c.size is None else _size(c.size),
+            f"{c.bits:.3g}",
+            _percent(c.sparsity),
+        ]
+        for c in (found.front if whole_front else found.front[:1])
+    ]
+    _print_table(
+        ["id", "accuracy ↑", "perplexity ↓", "decode tok/s", "size", "bits/weight", "sparsity"], rows
+    )
+    for figure, how in found.measured.items():
+        print(f"{figure}: {how}")
+    print(
+        f"{found.considered} entries of {found.base}: {len(found.front)} on the Pareto front of "
+        f"{', '.join(found.axes)}; {found.outside} outside the limits, {len(found.left_out)} not comparable",
+        file=sys.stderr,
+    )
+    for left in found.left_out[:5]:
+        print(f"  {left.id}: {left.reason}", file=sys.stderr)
 
 
 def _value(measured: Measurement | None) -> str:

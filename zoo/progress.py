@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sized
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TextIO, TypeVar
+from typing import Any, TextIO, TypeVar
 
 from rich.console import Console
 from rich.progress import (
@@ -22,6 +22,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from zoo import logs
 from zoo.files import told_plainly
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -30,14 +31,17 @@ QUIET_INTERVAL_S = 15.0
 _logs: list[TextIO] = []  # that are being written
 
 
-def say(message: str) -> None:
-    """One line of news for a person, on standard error."""
-    console.print(message, markup=False)
+def say(message: str, event: str = "said", **fields: Any) -> None:
+    """One line of news for a person, on standard error; with `--log-json`, as an event with these fields."""
+    if logs.is_json():
+        logs.write(event, message, **fields)
+    else:
+        console.print(logs.redact(message), markup=False)
     _log(message)
 
 
 def log_path(store: Path, run_id: int, recipe_sha256: str) -> Path:
-    """Where the log of a run lies. Registries number their runs alike, so the recipe's hash is in its name."""
+    """Where the log of a run lies. Registries number runs alike, so the recipe's hash is in its name."""
     return store.expanduser() / "runs" / f"{recipe_sha256[:16]}-{run_id}.log"
 
 
@@ -58,14 +62,14 @@ def logged(path: Path) -> Iterator[None]:
 def _log(line: str) -> None:
     for file in _logs:
         with suppress(OSError):  # a full disk: the work itself may need no more of it
-            print(time.strftime("%H:%M:%S"), line, file=file, flush=True)
+            print(time.strftime("%H:%M:%S"), logs.redact(line), file=file, flush=True)
 
 
 def track(items: Iterable[T], description: str, total: int | None = None) -> Generator[T, None, None]:
     """Iterate with a bar and the time left on a terminal; elsewhere a line every 15 seconds."""
     if total is None and isinstance(items, Sized):
         total = len(items)
-    if console.is_terminal:
+    if console.is_terminal and not logs.is_json():
         columns = (
             TextColumn("  {task.description}"),
             BarColumn(bar_width=28),
@@ -81,10 +85,17 @@ def track(items: Iterable[T], description: str, total: int | None = None) -> Gen
         return
 
     def show(line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
+        _print(line)
         _log(line)
 
     yield from _lines(items, description, total, show)
+
+
+def _print(line: str) -> None:
+    if logs.is_json():
+        logs.write("progress", line.strip())
+    else:
+        print(logs.redact(line), file=sys.stderr, flush=True)
 
 
 def _lines(
@@ -104,7 +115,7 @@ def _lines(
 @contextmanager
 def transfer(description: str, total: int) -> Iterator[Callable[[int], None]]:
     """Yield what threads call with bytes done (or, negative, undone): a bar with speed and time left."""
-    if console.is_terminal:
+    if console.is_terminal and not logs.is_json():
         columns = (
             TextColumn("  {task.description}"),
             BarColumn(bar_width=28),
@@ -130,11 +141,9 @@ def transfer(description: str, total: int) -> Iterator[Callable[[int], None]]:
                 return
             last = now
             speed = max(done, 1) / (now - start)
-            print(
+            _print(
                 f"  {description}: {done / 1e6:.0f}/{total / 1e6:.0f} MB, {speed / 1e6:.1f} MB/s, "
-                f"{(total - done) / speed:.0f} s left",
-                file=sys.stderr,
-                flush=True,
+                f"{(total - done) / speed:.0f} s left"
             )
 
     yield advance

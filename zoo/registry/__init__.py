@@ -1,5 +1,10 @@
-"""The catalogue of entries: tables (`models`), every query (`registry`), schema history (`migrations`)."""
+"""The catalogue of entries: every query (`registry`), tables (`models`), schema history (`migrations`).
 
-from zoo.registry.registry import Registry, Run, Summary, open_registry
+`query` says what a search can ask for, `figures` what it filters and sorts by.
+"""
 
-__all__ = ["Registry", "Run", "Summary", "open_registry"]
+from zoo.registry.figures import Figures
+from zoo.registry.query import Facets, Query, Sort
+from zoo.registry.registry import Page, Registry, Run, Summary, open_registry
+
+__all__ = ["Facets", "Figures", "Page", "Query", "Registry", "Run", "Sort", "Summary", "open_registry"]

@@ -11,6 +11,7 @@ from sqlalchemy import (
     Dialect,
     Double,
     ForeignKey,
+    Index,
     Integer,
     MetaData,
     String,
@@ -33,6 +34,10 @@ class UtcDateTime(TypeDecorator[datetime]):
         return value and (value.astimezone(UTC) if value.tzinfo else value.replace(tzinfo=UTC))
 
 
+# Compared byte by byte in every database, so that all sort alike.
+PLAIN_TEXT = Text().with_variant(Text(collation="C"), "postgresql")
+
+
 class Base(DeclarativeBase):
     # Every constraint has a name, without which SQLite's batch migrations cannot drop it.
     metadata = MetaData(
@@ -49,6 +54,7 @@ class Base(DeclarativeBase):
         float: Double,
         datetime: UtcDateTime,
         dict[str, str]: JSON,
+        dict[str, float]: JSON,
         list[str]: JSON,
     }
 
@@ -63,7 +69,8 @@ class EntryRow(Base):
     base_model: Mapped[str]
     base_repository: Mapped[str | None]
     base_revision: Mapped[str]
-    base_sha256: Mapped[str] = mapped_column(String(64), index=True)
+    base_sha256: Mapped[str | None] = mapped_column(String(64), index=True)
+    origin: Mapped[str | None]
     license: Mapped[str | None]
     recipe: Mapped[str]
     recipe_sha256: Mapped[str] = mapped_column(String(64), index=True)
@@ -89,6 +96,59 @@ class EntryRow(Base):
         order_by="VerificationRow.position", lazy="raise", viewonly=True
     )
     stages: Mapped[list[StageRow]] = relationship(order_by="StageRow.position", lazy="raise", viewonly=True)
+    publications: Mapped[list[PublicationRow]] = relationship(
+        order_by="PublicationRow.position", lazy="raise", viewonly=True
+    )
+    training: Mapped[list[TrainingRow]] = relationship(
+        order_by="TrainingRow.position", lazy="raise", viewonly=True
+    )
+    figures: Mapped[IndexRow] = relationship(lazy="raise", viewonly=True, uselist=False)
+
+
+class IndexRow(Base):
+    """What entries are searched by: a narrow copy of their facts, and `zoo.registry.figures` of each.
+
+    A search at 100,000 entries reads these rows only; `entries` with its recipes is twenty times as wide.
+    Migration 0002 has the indexes, which differ from database to database: one for each sort, and one of the
+    trigrams of `text`, on PostgreSQL pg_trgm's, on SQLite the table `entry_text` of its FTS5, which is why
+    `key` is an integer.
+    """
+
+    __tablename__ = "entry_index"
+    key: Mapped[int] = mapped_column(Integer, primary_key=True)
+    entry_id: Mapped[str] = mapped_column(
+        PLAIN_TEXT, ForeignKey("entries.id", ondelete="CASCADE"), unique=True
+    )
+    status: Mapped[str] = mapped_column(String(16))
+    family: Mapped[str] = mapped_column(String(16))
+    base: Mapped[str]  # its repository if known, else its source
+    base_model: Mapped[str]
+    license: Mapped[str]
+    created: Mapped[str] = mapped_column(PLAIN_TEXT)
+    sparsity: Mapped[float]
+    bits_per_weight: Mapped[float]
+    size: Mapped[int | None]
+    accuracy: Mapped[float | None]
+    accuracy_delta: Mapped[float | None]
+    perplexity: Mapped[float | None]
+    base_perplexity: Mapped[float | None]
+    speed: Mapped[float | None]
+    method: Mapped[str]
+    pattern: Mapped[str]
+    text: Mapped[str] = mapped_column(PLAIN_TEXT)
+
+
+class SpeedRow(Base):
+    """The best decode of an entry on a machine."""
+
+    __tablename__ = "entry_speed"
+    __table_args__ = (Index("ix_entry_speed_machine", "machine_fingerprint", "key", "speed"),)
+
+    key: Mapped[int] = mapped_column(
+        Integer, ForeignKey("entry_index.key", ondelete="CASCADE"), primary_key=True
+    )
+    machine_fingerprint: Mapped[str] = mapped_column(ForeignKey("machines.fingerprint"), primary_key=True)
+    speed: Mapped[float]
 
 
 class OfEntry:
@@ -211,6 +271,29 @@ class StageRow(OfEntry, StageColumns, Base):
     __tablename__ = "stages"
 
 
+class PublicationRow(OfEntry, Base):
+    __tablename__ = "publications"
+
+    endpoint: Mapped[str]
+    repository: Mapped[str]
+    commit: Mapped[str]
+    tag: Mapped[str]
+    published: Mapped[str]
+
+
+class TrainingRow(OfEntry, Base):
+    """A point on the curve of an entry's training."""
+
+    __tablename__ = "training"
+
+    step: Mapped[int]
+    tokens: Mapped[int]
+    seconds: Mapped[float]
+    loss: Mapped[float]
+    learning_rate: Mapped[float]
+    terms: Mapped[dict[str, float]]
+
+
 class RunRow(Base):
     """One call of `zoo run`, finished or not."""
 
@@ -239,3 +322,34 @@ class RunStageRow(StageColumns, Base):
 
     run_id: Mapped[int] = mapped_column(Integer, ForeignKey("runs.id", ondelete="CASCADE"), primary_key=True)
     position: Mapped[int] = mapped_column(Integer, primary_key=True)
+
+
+class LeaseRow(Base):
+    """Who works on what; see `zoo.registry.leases`."""
+
+    __tablename__ = "leases"
+
+    name: Mapped[str] = mapped_column(primary_key=True)
+    holder: Mapped[str | None]  # None: free
+    token: Mapped[int]  # raised by everyone who takes it
+    beat: Mapped[int]  # raised by the holder, again and again
+    patience_s: Mapped[float]  # the holder promises to raise it within this time
+
+
+class JobRunRow(Base):
+    """One run of a job by a scheduler, its repetitions after transient failures included."""
+
+    __tablename__ = "job_runs"
+
+    id: Mapped[int] = mapped_column(Integer, primary_key=True)
+    job: Mapped[str] = mapped_column(index=True)
+    token: Mapped[int]  # of the lease it ran under
+    holder: Mapped[str]
+    status: Mapped[str] = mapped_column(String(16))
+    reasons: Mapped[list[str]]
+    attempts: Mapped[int]
+    started: Mapped[datetime]
+    finished: Mapped[datetime | None]
+    seconds: Mapped[float | None]
+    failure: Mapped[str | None]
+    figures: Mapped[list[dict[str, str | float | None]]] = mapped_column(JSON)

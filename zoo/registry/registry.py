@@ -5,11 +5,12 @@ from __future__ import annotations
 import difflib
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 from urllib.parse import quote
 
 import psutil
@@ -31,7 +32,14 @@ from sqlalchemy import (
     text,
     update,
 )
-from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, NoSuchModuleError, OperationalError
+from sqlalchemy.exc import (
+    ArgumentError,
+    DataError,
+    DBAPIError,
+    IntegrityError,
+    NoSuchModuleError,
+    OperationalError,
+)
 from sqlalchemy.orm import Session, selectinload
 
 from zoo.entry import (
@@ -41,32 +49,43 @@ from zoo.entry import (
     Layer,
     Machine,
     Measurement,
+    Publication,
     Record,
     Stage,
     Status,
+    TrainingPoint,
     Verification,
 )
 from zoo.errors import RegistryError, UsageError
+from zoo.registry.figures import UNKNOWN, Figures, best_speeds, document, figures
+from zoo.registry.leases import Lease, confirm
 from zoo.registry.models import (
     ArtifactRow,
-    Base,
     BenchmarkRow,
     EntryRow,
+    IndexRow,
     LayerRow,
     MachineRow,
     MeasurementRow,
+    PublicationRow,
     RunRow,
     RunStageRow,
+    SpeedRow,
     StageRow,
+    TrainingRow,
     VerificationRow,
 )
+from zoo.registry.query import MOST_COUNTED, Facets, Query, combinations, counted, first_matches, in_order
 
-HEAD = "0001"  # the newest revision in migrations/versions; named here so that reading needs no Alembic
+HEAD = "0003"  # the newest revision in migrations/versions; named here so that reading needs no Alembic
 MIGRATIONS = Path(__file__).parent / "migrations"
 BUSY_TIMEOUT_S = 30.0
+_TRIES = 10  # of a put that meets others: each may insert one row first, a machine or the entry
+_MIGRATION_LOCK = 0x5A6F6F  # any number, the same for all
 
 RunStatus = Literal["running", "done", "failed", "interrupted"]
 R = TypeVar("R", bound=Record)
+V = TypeVar("V")
 
 # The lists of an entry, each a table of its own.
 _PARTS: Mapping[str, tuple[type[Record], Any]] = {
@@ -76,11 +95,17 @@ _PARTS: Mapping[str, tuple[type[Record], Any]] = {
     "benchmarks": (Benchmark, BenchmarkRow),
     "verifications": (Verification, VerificationRow),
     "stages": (Stage, StageRow),
+    "publications": (Publication, PublicationRow),
+    "training": (TrainingPoint, TrainingRow),
 }
+# The records of one row.
+_SINGLE: Mapping[str, type[Record]] = {"machine": Machine, "figures": Figures}
+_BATCH = 500  # entries read at once, where a search gives all
 
 
 class Summary(Record):
-    """What a list of entries shows: an `Entry` without its recipe, versions, layers, checks and stages."""
+    """What a list of entries shows: an `Entry` without its recipe, versions, layers, checks and stages,
+    and its `figures`."""
 
     id: str
     status: Status
@@ -88,6 +113,7 @@ class Summary(Record):
     family: str
     base_model: str
     base_repository: str | None
+    origin: str | None
     license: str | None
     created: str
     parameters: int
@@ -97,6 +123,15 @@ class Summary(Record):
     artifacts: list[Artifact]
     measurements: list[Measurement]
     benchmarks: list[Benchmark]
+    figures: Figures
+
+
+class Page(Record):
+    """What a search found: how many entries, and those of the page that was asked for."""
+
+    total: int  # at most MOST_COUNTED are counted
+    more: bool  # there are more than `total`
+    entries: list[Summary]
 
 
 class Run(Record):
@@ -173,6 +208,8 @@ class Registry:
     def __init__(self, engine: Engine, name: str) -> None:
         self.engine = engine
         self.name = name  # for messages: a path, or a URL without its password
+        self.fence: Lease | None = None  # without it, nothing is written any more
+        self._database = engine.dialect.name
 
     def revision(self) -> str | None:
         """The schema revision; None for an empty database. RegistryError if it is someone else's."""
@@ -194,11 +231,16 @@ class Registry:
         from alembic import command
 
         with _told_plainly(self.name):
-            if self.engine.dialect.name == "sqlite":
+            if self._database == "sqlite":
                 _use_wal(self.engine)
             with self.engine.execution_options(zoo_begin="migrate").begin() as connection:
+                if self._database == "postgresql":  # others wait here, then find it done
+                    connection.execute(select(func.pg_advisory_xact_lock(_MIGRATION_LOCK)))
                 command.upgrade(_alembic(connection), "head")
-                if self.engine.dialect.name == "sqlite":
+                with Session(connection) as session:
+                    self._fill_index(session)
+                    session.flush()
+                if self._database == "sqlite":
                     broken = connection.exec_driver_sql("PRAGMA foreign_key_check").all()
                     if broken:
                         raise RegistryError(
@@ -206,23 +248,57 @@ class Registry:
                             saw=f"{len(broken)}, the first in {broken[0][0]}",
                         )
 
+    def _fill_index(self, session: Session) -> None:
+        """Index the entries that a migration left without: those of an older schema."""
+        missing = select(EntryRow.id).outerjoin(IndexRow, IndexRow.entry_id == EntryRow.id)
+        for ids in batched(session.scalars(missing.where(IndexRow.key.is_(None))).all(), _BATCH):
+            rows = session.scalars(_with_parts(Entry).where(EntryRow.id.in_(ids)))
+            add_to_index(session, [self._read(Entry, row) for row in rows])
+            session.expunge_all()
+
     def put(self, entry: Entry) -> None:
         """Insert the entry, or replace the one with its id."""
-        for attempt in range(3):
+        for attempt in range(_TRIES):
             try:
                 with self._writing() as session:
                     _put(session, entry)
                 return
             except IntegrityError as error:  # someone else inserted it, or its machine, just now
-                if attempt == 2:
+                if attempt == _TRIES - 1:
                     raise RegistryError(f"cannot record {entry.id}", saw=str(error.orig)) from error
+
+    def put_all(self, entries: Iterable[Entry]) -> None:
+        """`put` each, all or none of them."""
+        try:
+            with self._writing() as session:
+                for entry in entries:
+                    _put(session, entry)
+                    session.expunge_all()
+        except IntegrityError as error:
+            raise RegistryError(
+                "someone else recorded one of these entries meanwhile",
+                saw=str(error.orig).splitlines()[0],
+                try_="the same again; nothing of it was recorded",
+            ) from error
+
+    def every(self) -> Iterator[Entry]:
+        """All entries in full, by their ids. What others put meanwhile may or may not be among them."""
+        last = ""
+        while True:
+            following = _with_parts(Entry).where(EntryRow.id > last).order_by(EntryRow.id).limit(_BATCH)
+            with self._reading() as session:
+                entries = [self._read(Entry, row) for row in session.scalars(following)]
+            if not entries:
+                return
+            yield from entries
+            last = entries[-1].id
 
     def get(self, entry_id: str) -> Entry:
         """The entry, failed or not. RegistryError naming the nearest ids if there is none."""
+        found = self.find(entry_id)
+        if found is not None:
+            return found
         with self._reading() as session:
-            row = session.scalar(_with_parts(Entry).where(EntryRow.id == entry_id))
-            if row is not None:
-                return self._read(Entry, row)
             offered = session.scalars(select(EntryRow.id).where(EntryRow.status != "failed")).all()
         near = difflib.get_close_matches(entry_id, offered, n=3, cutoff=0.5)
         near += [i for i in offered if entry_id and entry_id in i and i not in near][: 3 - len(near)]
@@ -241,30 +317,98 @@ class Registry:
         text: str | None = None,
         include_failed: bool = False,
     ) -> list[Summary]:
-        """The entries, newest first; `text` is sought in id and base model, whatever its case.
+        """All the entries, newest first; `text` and the rest as in a `Query`.
 
         Failed entries are not offered: only `include_failed` or `status="failed"` shows them.
         """
-        query = _with_parts(Summary).order_by(EntryRow.created.desc(), EntryRow.id)
-        if family is not None:
-            query = query.where(EntryRow.family == family)
-        if base_model is not None:
-            query = query.where(
-                or_(EntryRow.base_model == base_model, EntryRow.base_repository == base_model)
+        every: tuple[Status, ...] = get_args(Status) if include_failed else ()
+        query = Query(
+            text=text,
+            families=() if family is None else (family,),
+            bases=() if base_model is None else (base_model,),
+            statuses=every if status is None else (status,),
+            limit=None,
+        )
+        return self.search(query).entries
+
+    def search(self, query: Query) -> Page:
+        """The page of entries that a query asks for, and how many it finds in all.
+
+        With `query.machine`, the speed in an entry's figures is that on this machine.
+        """
+        machines = self._fingerprints(query)
+        with self._reading() as session:
+            page, count = first_matches(query, self._database, machines)
+            rows = session.execute(page).tuples().all()
+            total: int = rows[0][2] if rows else session.scalar(count) or 0
+            speeds = {entry_id: speed for entry_id, speed, _ in rows}
+            if total > MOST_COUNTED:
+                many = session.execute(in_order(query, self._database, machines))
+                speeds = dict(many.tuples().all())
+            return Page(
+                total=min(total, MOST_COUNTED),
+                more=total > MOST_COUNTED,
+                entries=self._summaries(session, speeds),
             )
-        if status is not None:
-            query = query.where(EntryRow.status == status)
-        elif not include_failed:
-            query = query.where(EntryRow.status != "failed")
-        if text is not None:
+
+    def facets(self, query: Query | None = None) -> Facets:
+        """How many entries each choice would find, the other filters of the query applied."""
+        query = query or Query()
+        machines = self._fingerprints(query)
+        with self._reading() as session:
+            rows = session.execute(combinations(query, self._database, machines))
+            return counted(query, rows.tuples())
+
+    def find(self, entry_id: str) -> Entry | None:
+        """As `get`, but None if there is none."""
+        with self._reading() as session:
+            row = session.scalar(_with_parts(Entry).where(EntryRow.id == entry_id))
+            return None if row is None else self._read(Entry, row)
+
+    def known(self, ids: Iterable[str]) -> set[str]:
+        """Which of these ids are in the registry."""
+        with self._reading() as session:
+            batches = batched(ids, _BATCH)
+            return {
+                i
+                for some in batches
+                for i in session.scalars(select(EntryRow.id).where(EntryRow.id.in_(some)))
+            }
+
+    def machines(self, name: str | None = None) -> list[Machine]:
+        """The machines that speed was measured on; those that a query's `machine` means, if it is given."""
+        query = select(MachineRow).order_by(MachineRow.cpu, MachineRow.fingerprint)
+        if name is not None:
             query = query.where(
                 or_(
-                    EntryRow.id.icontains(text, autoescape=True),
-                    EntryRow.base_model.icontains(text, autoescape=True),
+                    MachineRow.fingerprint.startswith(name, autoescape=True),
+                    MachineRow.cpu.icontains(name, autoescape=True),
                 )
             )
         with self._reading() as session:
-            return [self._read(Summary, row) for row in session.scalars(query)]
+            return [Machine.model_validate(_fields(Machine, row)) for row in session.scalars(query)]
+
+    def count(self) -> int:
+        """How many entries there are, failed ones included."""
+        with self._reading() as session:
+            return session.scalar(select(func.count(IndexRow.key))) or 0
+
+    def _fingerprints(self, query: Query) -> list[str] | None:
+        if query.machine is None:
+            return None
+        return [machine.fingerprint for machine in self.machines(query.machine)]
+
+    def _summaries(self, session: Session, speeds: Mapping[str, float | None]) -> list[Summary]:
+        """The entries of these ids, in their order, with these speeds."""
+        found = []
+        for ids in batched(speeds, _BATCH):
+            rows = session.scalars(_with_parts(Summary).where(EntryRow.id.in_(ids)))
+            summaries = {row.id: self._read(Summary, row) for row in rows}
+            for entry_id in ids:
+                summary = summaries[entry_id]
+                shown = summary.figures.model_copy(update={"speed": speeds[entry_id]})
+                found.append(summary.model_copy(update={"figures": shown}))
+        return found
 
     def start_run(self, recipe_name: str, recipe_sha256: str, pid: int, host: str) -> int:
         """Record that a run began and return its id. Runs of this host whose process is gone are closed."""
@@ -334,6 +478,14 @@ class Registry:
 
     @contextmanager
     def _writing(self) -> Iterator[Session]:
+        with self.transaction() as session:
+            if self.fence is not None:
+                confirm(session, self.fence)
+            yield session
+
+    @contextmanager
+    def transaction(self) -> Iterator[Session]:
+        """A transaction that writes, for the modules beside this one; the database's errors told plainly."""
         engine = self.engine.execution_options(zoo_begin="write")
         with _told_plainly(self.name), Session(engine) as session, session.begin():
             yield session
@@ -363,6 +515,41 @@ def _put(session: Session, entry: Entry) -> None:
         ]
         if records:
             session.execute(insert(row), records)
+    session.execute(delete(IndexRow).where(IndexRow.entry_id == entry.id))
+    add_to_index(session, [entry])
+
+
+def add_to_index(session: Session | Connection, entries: Sequence[Entry]) -> None:
+    """Make entries, their parts being there, findable; none of them is in the index yet."""
+    session.execute(insert(IndexRow), [index_values(entry) for entry in entries])
+    ids = [entry.id for entry in entries]
+    rows = session.execute(select(IndexRow.entry_id, IndexRow.key).where(IndexRow.entry_id.in_(ids)))
+    keys = dict(rows.tuples().all())
+    speeds = [
+        {"key": keys[entry.id], "machine_fingerprint": machine, "speed": speed}
+        for entry in entries
+        for machine, speed in best_speeds(entry).items()
+    ]
+    if speeds:
+        session.execute(insert(SpeedRow), speeds)
+
+
+def index_values(entry: Entry) -> dict[str, Any]:
+    """The columns of an entry's `IndexRow`."""
+    found = figures(entry)
+    return {
+        "entry_id": entry.id,
+        "status": entry.status,
+        "family": entry.family,
+        "base": entry.base_repository or entry.base_model,
+        "base_model": entry.base_model,
+        "license": entry.license or UNKNOWN,
+        "created": entry.created,
+        "sparsity": entry.sparsity,
+        "bits_per_weight": entry.bits_per_weight,
+        "text": document(entry, found),
+        **found.model_dump(),
+    }
 
 
 def _values(record: Record) -> dict[str, Any]:
@@ -377,8 +564,8 @@ def _fields(cls: type[Record], row: Any) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for name in cls.model_fields:
         value = getattr(row, name)
-        if isinstance(value, Base):
-            value = _fields(Machine, value)
+        if name in _SINGLE:
+            value = _fields(_SINGLE[name], value)
         elif name in _PARTS:
             value = [_fields(_PARTS[name][0], part) for part in value]
         values[name] = value
@@ -387,10 +574,18 @@ def _fields(cls: type[Record], row: Any) -> dict[str, Any]:
 
 def _with_parts(cls: type[Record]) -> Any:
     """Select entries together with the lists that `cls` shows."""
-    parts = [selectinload(getattr(EntryRow, name)) for name in cls.model_fields if name in _PARTS]
+    lists = {*_PARTS, *_SINGLE}
+    parts = [selectinload(getattr(EntryRow, name)) for name in cls.model_fields if name in lists]
     return select(EntryRow).options(
         *parts, selectinload(EntryRow.benchmarks).selectinload(BenchmarkRow.machine)
     )
+
+
+def batched(values: Iterable[V], size: int) -> Iterator[list[V]]:
+    """The values in lists of at most `size`, in order."""
+    iterator = iter(values)
+    while batch := list(islice(iterator, size)):
+        yield batch
 
 
 def _parse(url: str) -> URL:
@@ -422,7 +617,7 @@ def _sqlite_url(path: Path) -> URL:
 
 def _engine(url: URL) -> Engine:
     if url.get_backend_name() != "sqlite":
-        return create_engine(url)
+        return create_engine(url, pool_pre_ping=True)  # a server that was restarted is asked anew
     # No pool: the last connection to close folds the log into the file, so nothing lies beside it.
     engine = create_engine(url, poolclass=NullPool, connect_args={"timeout": BUSY_TIMEOUT_S})
 
@@ -480,6 +675,12 @@ def _told_plainly(name: str) -> Iterator[None]:
         yield
     except IntegrityError:
         raise
+    except (OverflowError, DataError) as error:  # of SQLite, of others
+        raise RegistryError(
+            f"the registry {name} cannot hold this",
+            saw=str(error.orig if isinstance(error, DataError) else error).splitlines()[0],
+            expected="text without NUL, integers of 64 bits",
+        ) from error
     except DBAPIError as error:
         saw = str(error.orig)
         if "locked" in saw:
@@ -487,6 +688,12 @@ def _told_plainly(name: str) -> Iterator[None]:
                 f"the registry {name} is locked by another process",
                 saw=f"no turn within {BUSY_TIMEOUT_S:.0f} s",
                 try_="run again when the other has finished; nothing is lost",
+            ) from error
+        if "pg_trgm" in saw:
+            raise RegistryError(
+                f"the registry {name} needs PostgreSQL's extension pg_trgm",
+                saw=saw.splitlines()[0],
+                try_="install postgresql-contrib; have the database's owner say CREATE EXTENSION pg_trgm",
             ) from error
         if "readonly" in saw or "unable to open" in saw:
             raise _unwritable(name, saw) from error

@@ -1,0 +1,174 @@
+"""The keys of a recipe's stages: what decides each one's result.
+
+A key is the hash of a stage's settings, its inputs' keys, the code that computes it and the libraries under
+that code. None of it needs the stage to be done, nor torch: `expected` says what a run would do.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+from pipelines import text
+from pipelines.recipe import Evaluation, Passage, Prune, Quantize, Recipe, Recover
+from zoo import __version__
+from zoo.files import sha256_file, sha256_json, sha256_tree
+
+LIBRARIES = (
+    "torch", "transformers", "tokenizers", "safetensors", "numpy", "lm-eval", "datasets", "gguf",
+    "llama-cpp-python", "compressed-tensors",
+)  # fmt: skip
+# The modules that decide a stage's result. They are hashed, which needs no import (of lm-eval: seconds).
+SOLVER_CODE = ("compress", "solve", "masks", "grids", "layers", "allocate", "checkpoint", "families")
+RECOVER_CODE = (
+    "recover/train", "recover/losses", "recover/masks", "recover/prune", "recover/rounding", "recover/shards",
+    "recover/student", "recover/write", "recover/data", "recover/tokens", "recover/skill", *SOLVER_CODE,
+)  # fmt: skip
+EVALUATION_CODE = ("evaluate", "harness", "text")
+TASKS = Path(__file__).parent / "tasks"
+PACK_CODE = tuple(
+    f"../zoo/{name}"
+    for name in ("runner/pack", "runner/grid", "runner/config", "runner/checkpoint", "runner/format",
+                 "runner/packed", "compressed_tensors")
+)  # fmt: skip
+EXPORT_CODE = (
+    "export_gguf", "gguf_tokenizer", "export_compressed", "checkpoint", "grids", "families", *PACK_CODE,
+)  # fmt: skip
+RUNNER_CODE = tuple(f"../zoo/runner/{name}" for name in ("engine", "native", "numpy_engine", "rope"))
+
+Subject = Literal["entry", "base"]
+
+
+def stage_key(*parts: Any, code: Sequence[str]) -> str:
+    """Hash of a stage's settings and inputs, its code, and the libraries."""
+    sources = [sha256_file(Path(__file__).parent / f"{module}.py") for module in code]
+    return sha256_json([list(parts), sources, library_versions()])
+
+
+def library_versions() -> dict[str, str]:
+    found = {"sparse-zoo": __version__, "python": platform.python_version()}
+    for library in LIBRARIES:
+        try:
+            found[library] = version(library)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def text_revision(source: str, column: str) -> str:
+    """What a text is, before it is read as a whole: its content's hash, or its name on the Hub."""
+    if source.startswith("hub:"):
+        return source
+    path = text.expand(source)
+    return sha256_file(path) if path.is_file() else text.read_text(source, column=column).revision
+
+
+def training_revisions(step: Recover) -> list[str]:
+    """What the texts and prompts of a training are."""
+    named = [(data.source, data.column) for data in step.data]
+    named += [(skill.prompts, skill.column) for skill in step.skills]
+    return [text_revision(source, column) for source, column in named]
+
+
+def calibrates(recipe: Recipe) -> bool:
+    return any(step.calibrated for step in recipe.steps)
+
+
+def calibration(recipe: Recipe, base_sha256: str) -> str:
+    """Of the calibration windows; "" if no step looks at any."""
+    if not calibrates(recipe):
+        return ""
+    setting = recipe.calibration
+    revision = None if setting.source == "self" else text_revision(setting.source, setting.column)
+    return stage_key(
+        "calibrate", setting.model_dump(), base_sha256, revision, code=("calibrate", *EVALUATION_CODE)
+    )
+
+
+def compression(step: Prune | Quantize, before: str, windows: str) -> str:
+    """Of a step on the model of key `before`."""
+    return stage_key("step", step.model_dump(), before, windows if step.calibrated else "", code=SOLVER_CODE)
+
+
+def recovery(step: Recover, before: str, teacher_sha256: str) -> str:
+    return stage_key(
+        "recover", step.model_dump(), before, teacher_sha256, training_revisions(step), code=RECOVER_CODE
+    )
+
+
+def perplexity(passage: Passage, subject: Subject, model: str) -> str:
+    return stage_key("perplexity", subject, model, _passage(passage), code=EVALUATION_CODE)
+
+
+def by_protocol(setting: Evaluation) -> Mapping[tuple[int, int | None], list[str]]:
+    """Tasks that one call of the harness can take together, by (few_shot, limit)."""
+    groups: dict[tuple[int, int | None], list[str]] = {}
+    for task in setting.tasks:
+        groups.setdefault((task.few_shot, task.limit), []).append(task.name)
+    return groups
+
+
+def tasks(
+    names: Sequence[str], few_shot: int, limit: int | None, data: Path | None, subject: Subject, model: str
+) -> str:
+    return stage_key(
+        "tasks", subject, model, names, few_shot, limit, str(data or ""), sha256_tree(TASKS),
+        code=EVALUATION_CODE,
+    )  # fmt: skip
+
+
+def fidelity(passage: Passage, base_sha256: str, model: str) -> str:
+    return stage_key("fidelity", base_sha256, model, _passage(passage), code=EVALUATION_CODE)
+
+
+def _passage(passage: Passage) -> list[Any]:
+    return [passage.model_dump(), text_revision(passage.text, passage.column)]
+
+
+def export(recipe: Recipe, model: str) -> str:
+    settings = [setting.model_dump() for setting in recipe.exports]
+    return stage_key("export", settings, model, recipe.to_yaml(), code=EXPORT_CODE)
+
+
+def step_name(number: int, step: Prune | Quantize | Recover) -> str:
+    return f"{number}. recover" if isinstance(step, Recover) else f"{number}. {step.kind} ({step.method})"
+
+
+def expected(
+    recipe: Recipe, base_sha256: str, sha256_of: Callable[[str], str | None]
+) -> list[tuple[str, str]]:
+    """(name, key) of every stage that a run would do now, but the verification, which is the machine's.
+
+    `sha256_of` gives the hash of a teacher's files by its source; where it is not known, the list ends with
+    the stage before.
+    """
+    found: list[tuple[str, str]] = []
+    windows = calibration(recipe, base_sha256)
+    if windows:
+        found.append(("calibrate", windows))
+    model = base_sha256
+    for number, step in enumerate(recipe.steps, 1):
+        if isinstance(step, Recover):
+            teacher = base_sha256 if step.teacher is None else sha256_of(step.teacher)
+            if teacher is None:
+                return found
+            model = recovery(step, model, teacher)
+        else:
+            model = compression(step, model, windows)
+        found.append((step_name(number, step), model))
+    setting = recipe.evaluation
+    data = None if setting.data is None else text.expand(setting.data)
+    subjects: tuple[tuple[Subject, str], ...] = (("base", base_sha256), ("entry", model))
+    for subject, key in subjects:
+        for passage in setting.perplexity:
+            found += [(f"perplexity of the {subject}", perplexity(passage, subject, key))]
+        for (few_shot, limit), names in by_protocol(setting).items():
+            name = f"{', '.join(names)} of the {subject}"
+            found.append((name, tasks(names, few_shot, limit, data, subject, key)))
+    if setting.fidelity is not None:
+        found.append(("fidelity to the base", fidelity(setting.fidelity, base_sha256, model)))
+    found.append(("export", export(recipe, model)))
+    return found

@@ -1,0 +1,1 @@
+"""Recovery: training that mends what pruning and rounding broke. docs/recover.md describes it."""

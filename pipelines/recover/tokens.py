@@ -1,0 +1,47 @@
+"""All token files that a recover step trains on: its texts, and what a teacher writes for its skills."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+from pipelines.recipe import Recover
+from pipelines.recover.data import tokenized
+from pipelines.recover.skill import skill_tokens
+from zoo.errors import ZooError
+from zoo.files import Store, atomic_file
+
+
+def training_tokens(step: Recover, model: Path, teacher: Path, teacher_id: str, store: Store) -> list[Path]:
+    """Files of token ids by the tokenizer of `model`; each is made once and then found in the store.
+
+    `teacher_id` names the teacher's weights by their content.
+    """
+    texts = [tokenized(text.source, text.column, text.tokens, model, store) for text in step.data]
+    return texts + [skill_tokens(skill, teacher, teacher_id, model, store) for skill in step.skills]
+
+
+def main() -> None:
+    """Tokenize one text into a file that another machine can train on."""
+    parser = argparse.ArgumentParser(prog="python -m pipelines.recover.tokens", description=main.__doc__)
+    parser.add_argument("source", help="a .txt or .parquet file, or hub:org/name")
+    parser.add_argument("--column", default="text")
+    parser.add_argument("--tokens", type=int, help="at most this many")
+    parser.add_argument("--model", type=Path, required=True, help="folder with the tokenizer")
+    parser.add_argument("--out", type=Path, required=True, help="the .npy file")
+    options = parser.parse_args()
+    try:
+        with tempfile.TemporaryDirectory() as scratch, atomic_file(options.out) as target:
+            made = tokenized(
+                options.source, options.column, options.tokens, options.model, Store(Path(scratch))
+            )
+            shutil.copyfile(made, target)
+    except ZooError as error:
+        sys.exit(f"zoo: {error}")
+
+
+if __name__ == "__main__":
+    main()

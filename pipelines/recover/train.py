@@ -1,0 +1,473 @@
+"""Recovery: train a pruned or quantized model until it says again what its teacher says.
+
+One short loop, on a CPU, a GPU, or several through accelerate. `python -m pipelines.recover` runs it without
+the rest of the pipeline; see docs/recover.md.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel
+from torch import Tensor, nn
+
+from pipelines.checkpoint import Checkpoint
+from pipelines.recipe import Optimizer, Recover
+from pipelines.recover.data import Blocks, open_tokens
+from pipelines.recover.prune import Pruner, masks_of
+from pipelines.recover.shards import apply_mask, sharded_like, whole
+from pipelines.recover.state import Progress, newest, read_progress, restore, save
+from pipelines.recover.student import (
+    Student,
+    Teacher,
+    check_alike,
+    decoder_layers,
+    linear_names,
+    load_student,
+    rounders,
+)
+from pipelines.recover.write import write_model
+from zoo.entry import TrainingPoint
+from zoo.errors import NumericsError, UsageError, ZooError
+from zoo.files import canonical_json, sha256_bytes
+from zoo.progress import QUIET_INTERVAL_S, say
+
+LOG_STEPS = 10  # between two points of the curve
+SAVE_SECONDS = 180.0  # between two states on disk
+
+
+class Job(BaseModel):
+    """One training: what each of its processes needs to know."""
+
+    step: Recover
+    student: Path
+    teacher: Path
+    tokens: list[Path]
+    out: Path  # an empty folder, for the model
+    state: Path  # of a training that is not finished
+    stop_after: float | None = None  # seconds of this call, after which it saves and ends
+
+    @property
+    def fingerprint(self) -> str:
+        """Of what must be the same for a state to go on. Folders are named by content, or do not change."""
+        sizes = [[path.name, path.stat().st_size] for path in self.tokens]
+        step = self.step.model_dump(exclude={"micro_batch", "recompute", "compile"})
+        return sha256_bytes(canonical_json([step, self.student.name, self.teacher.name, sizes]).encode())
+
+
+def recover(job: Job) -> Progress:
+    """Train from where the state is, and write the model, finished or not, to `job.out`.
+
+    Uses all GPUs there are, each in a process of its own. Raises ZooError for what is wrong with the recipe,
+    the text or the numbers.
+    """
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if gpus > 1 and "LOCAL_RANK" not in os.environ:
+        return launched(job, gpus)
+    return train(job)
+
+
+def launched(job: Job, processes: int) -> Progress:
+    """As `train`, in several processes of this machine, by torchrun, which `accelerate launch` runs too."""
+    job.state.mkdir(parents=True, exist_ok=True)
+    description = job.state.parent / f"{job.state.name}.job.json"
+    description.write_text(job.model_dump_json())
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
+               "-m", "pipelines.recover", "--job", str(description)]  # fmt: skip
+    try:
+        done = subprocess.run(command, check=False)
+    finally:
+        description.unlink(missing_ok=True)
+    state = newest(job.state)
+    if done.returncode or state is None:
+        raise ZooError(f"training in {processes} processes ended with code {done.returncode}")
+    return read_progress(state, job.fingerprint)
+
+
+def train(job: Job) -> Progress:
+    """The loop itself, in this process (one of several, if launched so)."""
+    step = job.step
+    with _fast_arithmetic():
+        accelerator = _accelerator(job)
+        blocks = _blocks(job)
+        student, optimizer, teacher = _prepared(job, accelerator)
+        model: nn.Module = accelerator.unwrap_model(student).model
+        checkpoint = Checkpoint(job.student)
+        masks = masks_of(model, checkpoint)
+        progress = Progress(fingerprint=job.fingerprint)
+        if (state := newest(job.state)) is not None:
+            progress = read_progress(state, job.fingerprint)
+            device = accelerator.device
+            masks = {name: mask.to(device) for name, mask in restore(accelerator, state).items()}
+            for rounder in rounders(model).values():
+                rounder.on = progress.rounding
+        progress.processes = accelerator.num_processes
+        loop = _Loop(job, accelerator, student, optimizer, teacher, blocks, masks, progress, checkpoint)
+        loop.run()
+        write_model(step, model, Path(job.student), job.out, loop.masks, loop.pruner, progress, accelerator)
+    return progress
+
+
+class _Loop:
+    """The state of a running training."""
+
+    def __init__(
+        self,
+        job: Job,
+        accelerator: Any,
+        student: nn.Module,
+        optimizer: Any,
+        teacher: Teacher | None,
+        blocks: Blocks,
+        masks: dict[str, Tensor],
+        progress: Progress,
+        checkpoint: Checkpoint,
+    ) -> None:
+        self.job, self.step = job, job.step
+        self.accelerator, self.student, self.optimizer = accelerator, student, optimizer
+        self.model: nn.Module = accelerator.unwrap_model(student).model
+        self.teacher, self.blocks, self.masks, self.progress = teacher, blocks, masks, progress
+        self.names = linear_names(checkpoint)
+        self.pruner = Pruner(job.step.prune, self.names) if job.step.prune else None
+        share, self.micro = _shares(self.step, accelerator.num_processes)
+        self.accumulated = share // self.micro
+        self.step_tokens = self.step.batch * self.step.length
+        self.clock = _Clock(accelerator, job.stop_after)
+        # of the losses since the last point of the curve: in the state, so that a resumed curve is the same
+        self.sums = {n: torch.tensor(v, device=accelerator.device) for n, v in progress.sums.items()}
+        self.summed = progress.summed
+
+    def run(self) -> None:
+        progress, step = self.progress, self.step
+        said = saved = time.monotonic()
+        self._shard_masks()
+        while (done := self._done()) < 1.0 and not self.clock.stop:
+            self._prepare(done)
+            rate = step.optimizer.learning_rate * schedule(
+                self._done(ahead=self.step_tokens / 2), step.optimizer.warmup
+            )
+            for group in self.optimizer.param_groups:
+                if isinstance(group["lr"], Tensor):  # torchao's, of which compiled code holds the address
+                    group["lr"].fill_(rate)
+                else:
+                    group["lr"] = rate
+            for name, value in self._gradients(progress.step).items():
+                self.sums[name] = self.sums.get(name, 0) + value
+            self._update_masks(done)
+            self._step()
+            progress.step += 1
+            progress.tokens += self.step_tokens
+            self.summed += 1
+            if progress.step % LOG_STEPS == 0 or self._done() >= 1.0:
+                self._record(rate)
+            progress.seconds += self.clock.tick()
+            now = time.monotonic()
+            if now - said >= QUIET_INTERVAL_S and self.accelerator.is_main_process:
+                said = now
+                say(self._news())
+            if self.clock.agree(now - saved >= SAVE_SECONDS):
+                self._save()
+                saved = time.monotonic()
+        if self.pruner is not None and self._done() >= 1.0 and not progress.pruned:
+            self._update_masks(1.0)
+        if self.pruner is not None and self._done() >= 1.0:
+            self.pruner.check(self.model, self.masks)
+        self._save()
+        if self.accelerator.is_main_process:
+            say(self._news())
+
+    # --- one step -----------------------------------------------------------------------------------
+
+    def _prepare(self, done: float) -> None:
+        """What begins at this step: masks from gradients, rounding, new grids."""
+        quantize, progress = self.step.quantize, self.progress
+        if self.pruner is not None and self.pruner.step.method == "snip" and not progress.pruned:
+            self._gradients(progress.step)
+            self._prune(self.pruner.snip(self.model, self.masks))
+            self.optimizer.zero_grad()
+            progress.pruned = True
+        if quantize is None or done < quantize.start:
+            return
+        again = quantize.scales == "searched" and progress.step % quantize.every == 0
+        if not progress.rounding or again:
+            for name, rounder in rounders(self.model).items():
+                rounder.fit(whole(self.model.get_parameter(f"{name}.weight")))
+        progress.rounding = True
+
+    def _gradients(self, number: int) -> dict[str, Tensor]:
+        """Sum the gradients of optimizer step `number` over its micro batches; the terms' means."""
+        found: dict[str, Tensor] = {}
+        for turn, ids in enumerate(self._batches(number), 1):
+            last = turn == self.accumulated
+            with nullcontext() if last else self.accelerator.no_sync(self.student):
+                taught = None if self.teacher is None else self.teacher(ids)
+                loss, terms = self.student(ids, taught, self._targets())
+                self.accelerator.backward(loss / self.accumulated)
+            for name, value in {"loss": loss.detach(), **terms}.items():
+                found[name] = found.get(name, 0) + value.float() / self.accumulated
+        return found
+
+    def _batches(self, number: int) -> Iterator[Tensor]:
+        """This process's micro batches of optimizer step `number`, each (blocks, length)."""
+        first = number * self.step.batch + self.accelerator.process_index * self.micro * self.accumulated
+        for start in range(first, first + self.micro * self.accumulated, self.micro):
+            yield self.blocks.at(range(start, start + self.micro)).to(self.accelerator.device)
+
+    def _targets(self) -> Mapping[str, tuple[Tensor, Tensor]] | None:
+        if not self.step.losses.weights or self.teacher is None:
+            return None
+        one = torch.ones((), device=self.accelerator.device)
+        return {name: (self.teacher.weight(name), self.masks.get(name, one)) for name in self.names}
+
+    def _update_masks(self, done: float) -> None:
+        prune = self.step.prune
+        if prune is None or self.pruner is None or self.progress.pruned or prune.method == "snip":
+            return
+        fraction = min(done / prune.until, 1.0)
+        if self.progress.step % prune.every == 0 or fraction >= 1.0:
+            norms = None
+            if prune.method == "wanda":
+                batches = self._batches(self.progress.step)
+                norms = self.pruner.input_norms(self.model, self.student, batches, self.accelerator)
+            self._prune(self.pruner.update(self.model, self.masks, fraction, norms))
+            self.progress.pruned = fraction >= 1.0
+
+    def _prune(self, masks: dict[str, Tensor]) -> None:
+        self.masks = masks
+        self._shard_masks()
+        self._mask_weights()
+
+    def _step(self) -> None:
+        for name, mask in self.shards.items():
+            apply_mask(self.model.get_parameter(f"{name}.weight").grad, mask)
+        self.accelerator.clip_grad_norm_(self.student.parameters(), self.step.optimizer.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self._mask_weights()
+
+    def _mask_weights(self) -> None:
+        """Momentum from before a weight was pruned must not move it, so the weights are masked too."""
+        for name, mask in self.shards.items():
+            apply_mask(self.model.get_parameter(f"{name}.weight"), mask)
+
+    def _shard_masks(self) -> None:
+        self.shards = {
+            name: sharded_like(mask, self.model.get_parameter(f"{name}.weight"))
+            for name, mask in self.masks.items()
+        }
+
+    # --- bookkeeping --------------------------------------------------------------------------------
+
+    def _done(self, ahead: float = 0) -> float:
+        """Fraction of the budget that is used up."""
+        return self.progress.used(self.step.budget, ahead)
+
+    def _agreed_sums(self) -> dict[str, float]:
+        """The losses summed since the last point of the curve, as all processes saw them."""
+        names = sorted(self.sums)
+        if not names:
+            return {}
+        values = self.accelerator.reduce(torch.stack([self.sums[name] for name in names]).double(), "mean")
+        return dict(zip(names, values.tolist(), strict=True))
+
+    def _record(self, rate: float) -> None:
+        terms = {name: value / self.summed for name, value in self._agreed_sums().items()}
+        self.sums, self.summed = {}, 0
+        if not all(map(math.isfinite, terms.values())):
+            raise NumericsError(
+                f"the loss is not finite at step {self.progress.step}",
+                saw=", ".join(f"{name} {value}" for name, value in terms.items()),
+                try_="a smaller learning_rate; the last state on disk is from before",
+            )
+        self.progress.curve.append(
+            TrainingPoint(
+                step=self.progress.step,
+                tokens=self.progress.tokens,
+                seconds=round(self.progress.seconds, 3),
+                loss=terms.pop("loss"),
+                learning_rate=rate,
+                terms=terms,
+            )
+        )
+
+    def _save(self) -> None:
+        self.progress.sums, self.progress.summed = self._agreed_sums(), self.summed
+        save(self.accelerator, self.job.state, self.progress, self.masks)
+
+    def _news(self) -> str:
+        progress, done = self.progress, self._done()
+        speed = self.clock.rate(self.step_tokens)
+        loss = f", loss {progress.curve[-1].loss:.4f}" if progress.curve else ""
+        left = ""
+        if speed and 0 < done < 1 and progress.seconds:
+            left = f", {progress.seconds / done * (1 - done):.0f} s left"
+        return (
+            f"  recover: step {progress.step}, {done:.1%}, {progress.tokens / 1e6:.2f} M tokens{loss}, "
+            f"{speed:,.0f} tokens/s{left}"
+        )
+
+
+class _Clock:
+    """Training time, agreed on by all processes. The first step of a call, which compiles, is not counted."""
+
+    def __init__(self, accelerator: Any, stop_after: float | None) -> None:
+        self.accelerator = accelerator
+        self.began = self.last = time.monotonic()
+        self.stop_after = stop_after
+        self.stop = False
+        self.steps, self.counted = 0, 0.0
+
+    def tick(self) -> float:
+        """Seconds since the last tick; also finds out whether the call's time is over."""
+        now = time.monotonic()
+        took, self.last = now - self.last, now
+        over = self.stop_after is not None and now - self.began >= self.stop_after
+        took, self.stop = self._agreed(took, over)
+        self.steps += 1
+        if self.steps == 1:
+            return 0.0
+        self.counted += took
+        return took
+
+    def agree(self, wish: bool) -> bool:
+        """What the first process wishes."""
+        return self._agreed(0.0, wish)[1]
+
+    def _agreed(self, seconds: float, flag: bool) -> tuple[float, bool]:
+        if self.accelerator.num_processes == 1:
+            return seconds, flag
+        from accelerate.utils import broadcast
+
+        pair = torch.tensor([seconds, float(flag)], dtype=torch.float64, device=self.accelerator.device)
+        seconds, told = broadcast(pair, from_process=0).tolist()
+        return seconds, bool(told)
+
+    def rate(self, tokens: int) -> float:
+        return tokens * (self.steps - 1) / self.counted if self.counted else 0.0
+
+
+def schedule(done: float, warmup: float) -> float:
+    """Factor of the learning rate: linear up to 1 at `warmup`, then half a cosine down to 0 at 1."""
+    if done < warmup:
+        return done / warmup
+    return 0.5 * (1 + math.cos(math.pi * min((done - warmup) / (1 - warmup), 1.0)))
+
+
+def thinned(curve: list[TrainingPoint], most: int = 200) -> list[TrainingPoint]:
+    """At most about `most` points of a curve, its first and last among them."""
+    every = max(math.ceil(len(curve) / most), 1)
+    return [*curve[:-1:every], *curve[-1:]]
+
+
+# --- getting ready ------------------------------------------------------------------------------------
+
+
+def _accelerator(job: Job) -> Any:
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedDataParallelKwargs, FullyShardedDataParallelPlugin
+
+    cuda = torch.cuda.is_available()
+    losses = job.step.losses
+    # scales are unused until weights are rounded, the head if nothing is learned from logits
+    unused = job.step.quantize is not None or not (losses.logits or losses.cross_entropy)
+    plugin = None
+    if job.step.shard and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if losses.weights:
+            raise UsageError("the loss `weights` needs whole matrices", try_="`shard: false`, or weights: 0")
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            auto_wrap_policy="transformer_based_wrap",
+            transformer_cls_names_to_wrap=[_layer_class(job.student)],
+            state_dict_type="SHARDED_STATE_DICT",
+        )
+    return Accelerator(
+        mixed_precision="bf16" if cuda else "no",
+        cpu=not cuda,
+        fsdp_plugin=plugin,
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused)],
+    )
+
+
+def _layer_class(folder: Path) -> str:
+    from transformers import AutoModelForCausalLM
+
+    from pipelines.layers import parsed
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(parsed(Checkpoint(folder).config))
+    return type(decoder_layers(model)[0]).__name__
+
+
+def _blocks(job: Job) -> Blocks:
+    checkpoint = Checkpoint(job.student)
+    vocabulary = checkpoint.shapes()[f"{checkpoint.family.embeddings}.weight"][0]
+    sources = [open_tokens(path, vocabulary) for path in job.tokens]
+    return Blocks(sources, job.step.length, job.step.seed)
+
+
+def _prepared(job: Job, accelerator: Any) -> tuple[nn.Module, Any, Teacher | None]:
+    step = job.step
+    compiled = step.compile and torch.cuda.is_available()
+    teacher = None
+    if step.losses.taught:
+        check_alike(Checkpoint(job.student), Checkpoint(job.teacher), step.losses)
+        teacher = Teacher(job.teacher, step.losses, compiled)
+    student = Student(load_student(step, job.student), step.losses, compiled)
+    optimizer = _optimizer(step.optimizer, student)
+    student, optimizer = accelerator.prepare(student, optimizer)
+    return student, optimizer, teacher
+
+
+def _optimizer(setting: Optimizer, student: nn.Module) -> torch.optim.Optimizer:
+    learning = {name: p for name, p in student.named_parameters() if p.requires_grad}
+    matrices = [p for name, p in learning.items() if p.ndim > 1 and not name.endswith("rounder.delta")]
+    others = [p for name, p in learning.items() if p.ndim <= 1 or name.endswith("rounder.delta")]
+    groups = [
+        {"params": matrices, "weight_decay": setting.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    options: dict[str, Any] = {"lr": setting.learning_rate, "betas": (setting.beta1, setting.beta2)}
+    groups = [group for group in groups if group["params"]]
+    if setting.kind == "adamw":
+        return torch.optim.AdamW(groups, fused=torch.cuda.is_available(), **options)
+    try:
+        from torchao.optim import AdamW8bit
+    except ImportError as error:
+        raise UsageError("adamw-8bit needs the package torchao", try_="pip install torchao") from error
+    found: torch.optim.Optimizer = AdamW8bit(groups, bf16_stochastic_round=True, **options)
+    return found
+
+
+def _shares(step: Recover, processes: int) -> tuple[int, int]:
+    """Blocks of an optimizer step for each process, and how many of them at once."""
+    if step.batch % processes:
+        raise UsageError(
+            f"a batch of {step.batch} blocks cannot be shared by {processes} processes",
+            try_=f"a `batch` that is a multiple of {processes}",
+        )
+    share = step.batch // processes
+    micro = next(size for size in range(min(step.micro_batch, share), 0, -1) if share % size == 0)
+    return share, micro
+
+
+@contextmanager
+def _fast_arithmetic() -> Iterator[None]:
+    """Without the pipeline's deterministic algorithms, of which CUDA's products know none."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision()
+    if torch.cuda.is_available():
+        torch.use_deterministic_algorithms(False)
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.set_float32_matmul_precision(before[1])

@@ -1,0 +1,270 @@
+"""`python -m pipelines.recover`, skill distillation, and recovery as a step of `zoo run`."""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pipelines.recipe import Skill, load
+from pipelines.recover import skill as recover_skill
+from pipelines.recover.__main__ import main
+from pipelines.recover.skill import skill_tokens
+from pipelines.text import PROSE
+from tests.process import Zoo
+from tests.tiny import tiny_llama
+from zoo.errors import RecipeError, SourceError
+from zoo.files import Store
+from zoo.registry import open_registry
+
+RECOVER: dict[str, Any] = {
+    "kind": "recover",
+    "data": [{"source": str(PROSE)}],
+    "budget": {"tokens": 128 * 30},
+    "optimizer": {"learning_rate": 2e-3},
+    "quantize": {"grid": {"bits": 5, "group": 32}, "start": 0.5},
+    "length": 32,
+    "batch": 4,
+    "micro_batch": 4,
+}
+PRUNE: dict[str, Any] = {
+    "kind": "prune", "method": "wanda", "pattern": {"keep": 8, "group": 16, "window": 8},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)
+    return tiny_llama(tmp_path_factory.mktemp("base") / "base", num_hidden_layers=2)
+
+
+def recipe(place: Path, base: Path | str = "given by --model", **changes: Any) -> Path:
+    path = place / "recipe.yaml"
+    whole = {
+        "name": "tiny-recovered",
+        "base": str(base),
+        "calibration": {"windows": 4, "length": 32, "source": str(PROSE)},
+        "steps": [PRUNE, RECOVER],
+        **changes,
+    }
+    path.write_text(yaml.safe_dump(whole))
+    return path
+
+
+# --- the command ------------------------------------------------------------------------------------
+
+
+def test_the_command_stops_in_time_and_goes_on(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    command = ["--model", str(base), "--recipe", str(recipe(tmp_path)), "--out", str(out)]
+    main([*command, "--seconds", "0.05"])
+    assert "--resume to go on" in capsys.readouterr().err
+    unfinished = json.loads((out / "model" / "training.json").read_text())["training"]
+    assert len(unfinished) < 3 and (out / "steps" / "1-prune").is_dir()
+    for words, options in (
+        ("holds this run already", []),
+        ("another recipe", ["--resume", "--set", "steps.1.seed=1"]),
+        ("no such file|cannot read", ["--recipe", "absent.yaml"]),
+        ("not a model folder", ["--model", str(tmp_path)]),
+    ):
+        with pytest.raises(SystemExit, match=words):
+            main([*command, *options])
+    rounds = 0
+    while not (out / "steps" / "2-recover").is_dir():
+        main([*command, "--seconds", "0.4", "--resume"])
+        rounds += 1
+        assert rounds < 30
+    whole = tmp_path / "whole"
+    main([*command[:-1], str(whole), "--evaluate", str(PROSE)])
+    measured = json.loads(capsys.readouterr().out)
+    assert (measured["samples"], measured["context_length"], measured["dtype"]) == (40, 512, "float32")
+    assert measured["value"] == pytest.approx(_perplexity(whole / "model"), rel=1e-4)
+    assert not any((out / "state").iterdir())
+    mine, theirs = (load_file(place / "model" / "model.safetensors") for place in (out, whole))
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs), "in pieces or not, the same model"
+    assert (whole / "model" / "grid.safetensors").is_file()
+
+
+def _perplexity(folder: Path) -> float:
+    """design.md's protocol, with transformers alone."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    ids = torch.tensor(AutoTokenizer.from_pretrained(folder)(PROSE.read_text())["input_ids"][: 40 * 512])
+    with torch.no_grad():
+        losses = [model(window[None], labels=window[None]).loss.item() for window in ids.view(40, 512)]
+    return math.exp(sum(losses) / len(losses))
+
+
+def test_token_ids_can_be_given(base: Path, tmp_path: Path) -> None:
+    np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(3, 300, 4000).astype(np.uint16))
+    out = tmp_path / "out"
+    main(["--model", str(base), "--out", str(out), "--data", str(tmp_path / "ids.npy"),
+          "--recipe", str(recipe(tmp_path, steps=[{**RECOVER, "budget": {"tokens": 1280}}]))])  # fmt: skip
+    assert not (out / "store").exists(), "nothing was tokenized"
+    assert (out / "model" / "model.safetensors").is_file()
+
+
+# --- skill distillation -----------------------------------------------------------------------------
+
+
+def test_a_teacher_answers_and_no_answer_is_asked_twice(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recover_skill, "BATCH", 2)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("What is a fox?\n\nCount to three.\nWho sells shells?\n")
+    skill = Skill(prompts=str(prompts), samples=2, new_tokens=6)
+    path = skill_tokens(skill, base, "teacher", base, Store(tmp_path / "store"))
+    ids = np.load(path).tolist()
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    told = tokenizer.decode(ids)
+    for prompt in ("What is a fox?", "Count to three.", "Who sells shells?"):
+        assert told.count(f"<|start|>user\n{prompt}<|end|>") == 2
+    assert told.count("<|start|>assistant\n") == 6
+    (written,) = (tmp_path / "store" / "training").glob("*.jsonl")
+    lines = written.read_bytes().splitlines(keepends=True)
+    assert len(lines) == 6
+
+    # killed while the third line was being written: the pair it belongs to is asked again, with its seed
+    other = Store(tmp_path / "other")
+    (other.root / "training").mkdir(parents=True)
+    (other.root / "training" / written.name).write_bytes(b"".join(lines[:2]) + lines[2][:9])
+    asked: list[str] = []
+    local = recover_skill._local
+
+    def counted(skill: Skill, teacher: Path) -> recover_skill.Answers:
+        answer = local(skill, teacher)
+
+        def answers(prompts: list[str], seed: int) -> list[str]:
+            asked.extend(prompts)
+            return answer(prompts, seed)
+
+        return answers
+
+    monkeypatch.setattr(recover_skill, "_local", counted)
+    again = skill_tokens(skill, base, "teacher", base, other)
+    assert len(asked) == 4
+    assert np.load(again).tolist() == ids
+
+
+@pytest.fixture
+def endpoint() -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """A small server of OpenAI's chat completions, and what it was asked."""
+    asked: list[dict[str, Any]] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            asked.append({"path": self.path, "key": self.headers["Authorization"], **body})
+            text = body["messages"][-1]["content"].upper()
+            message = {"role": "assistant", "content": text}
+            choice = {"index": 0, "finish_reason": "stop", "message": message}
+            answer = {"id": "1", "object": "chat.completion", "created": 1, "model": body["model"],
+                      "choices": [choice],
+                      "usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}}  # fmt: skip
+            data = json.dumps(answer).encode()
+            self.send_response(200 if body["model"] == "big" else 404)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}/v1", asked
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_an_endpoint_answers(
+    base: Path, tmp_path: Path, endpoint: tuple[str, list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, asked = endpoint
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a fox\na dog\n")
+    skill = Skill(prompts=str(prompts), endpoint=url, model="big", temperature=0.5, new_tokens=9)
+    path = skill_tokens(skill, base, "", base, Store(tmp_path / "store"))
+    told = AutoTokenizer.from_pretrained(base).decode(np.load(path).tolist())
+    assert "A FOX" in told and "A DOG" in told
+    assert [one["path"] for one in asked] == ["/v1/chat/completions"] * 2
+    assert [one["seed"] for one in asked] == [0, 1]
+    assert {(one["key"], one["model"], one["temperature"], one["max_tokens"]) for one in asked} == {
+        ("Bearer secret", "big", 0.5, 9)
+    }
+    wrong = skill.model_copy(update={"model": "none"})
+    with pytest.raises(SourceError, match="did not answer") as caught:
+        skill_tokens(wrong, base, "", base, Store(tmp_path / "wrong"))
+    assert "secret" not in str(caught.value)
+
+
+# --- in a recipe ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("steps.1.budget={}", "say `tokens`, `seconds` or both"),
+        ("steps.1.batch=6", "multiple of `micro_batch`"),
+        ("steps.1.data=[]", "say what to train on"),
+        ("steps.1.losses={logits: 0}", "at least one loss"),
+        ("steps.1.stored=bfloat16", "does not hold integers times a scale"),
+        ("steps.1.weights=bfloat16", "take adamw-8bit"),
+        ("steps.1.quantize.grid={bits: 8, per: tensor, group: null}", "not per tensor"),
+        ("steps.1.prune={method: snip, pattern: {sparsity: 0.5}, schedule: cubic}", "prunes before"),
+        ("steps.1.prune={method: rigl, pattern: {keep: 4, group: 16}, stages: [8, 4]}", "goes with"),
+        ("steps.1.prune={method: rigl, pattern: {keep: 4, group: 16}, schedule: stages, stages: [8, 6]}",
+         "must fall to the pattern's keep, 4"),
+        ("steps.1.skills=[{prompts: x, endpoint: http://y}]", "go together"),
+        ("steps.1.optimizer.learning_rates=1", "did you mean `learning_rate`"),
+    ],
+)  # fmt: skip
+def test_impossible_settings_are_refused(tmp_path: Path, change: str, words: str) -> None:
+    with pytest.raises(RecipeError, match=words):
+        load(recipe(tmp_path), [change])
+
+
+@pytest.mark.real
+def test_zoo_run_recovers_and_records_the_curve(base: Path, tmp_path: Path) -> None:
+    path = recipe(
+        tmp_path,
+        base,
+        evaluation={"perplexity": [{"windows": 4, "length": 64}], "fidelity": {"windows": 2, "length": 64},
+                    "tasks": []},
+        exports=[{"kind": "safetensors"}, {"kind": "packed"}],
+        verification={"threads": 1},
+    )  # fmt: skip
+    zoo = Zoo(tmp_path)
+    store, registry = tmp_path / "store", tmp_path / "registry.db"
+    done = zoo("run", path, "--store", store, "--registry", registry)
+    assert done.returncode == 0, done.stderr
+    entry = open_registry(str(registry), create=False).get("tiny-recovered")
+    assert entry.status == "verified", entry.failure
+    assert [point.step for point in entry.training] == [10, 20, 30]
+    assert entry.training[-1].tokens == 128 * 30
+    assert {layer.method for layer in entry.layers} == {"wanda+recover+qat"}
+    assert {(layer.bits, layer.group, layer.window) for layer in entry.layers} == {(5, 32, 8)}
+    assert not any((store / "training").iterdir()), "no state is left of a training that is done"
+    card = (store / "entries" / "tiny-recovered" / "README.md").read_text()
+    assert "## Training" in card and "Loss over 3,840 tokens" in card
+    bad = zoo(
+        "run", path, "--store", store, "--registry", registry, "--set", "steps.1.data.0.source=absent.txt"
+    )
+    assert bad.returncode == 1 and "absent.txt" in bad.stderr and "Traceback" not in bad.stderr

@@ -1,0 +1,223 @@
+"""A search of the registry: what is asked, and the SQL for it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Literal
+
+from pydantic import Field
+from sqlalchemy import ColumnElement, false, func, or_, select, sql
+
+from zoo.entry import Record, Status
+from zoo.registry.models import IndexRow, SpeedRow
+
+Sort = Literal["newest", "id", "accuracy", "perplexity", "speed", "size", "bits", "sparsity"]
+# The column that a sort goes by, and whether its best value is the largest. A test compares the keys.
+_SORTS: dict[str, tuple[Any, bool]] = {
+    "newest": (IndexRow.created, True),
+    "id": (IndexRow.entry_id, False),
+    "accuracy": (IndexRow.accuracy, True),
+    "perplexity": (IndexRow.perplexity, False),
+    "speed": (IndexRow.speed, True),
+    "size": (IndexRow.size, False),
+    "bits": (IndexRow.bits_per_weight, False),
+    "sparsity": (IndexRow.sparsity, True),
+}
+MOST_COUNTED = 10_000  # matches of a query: beyond, counting costs more than it tells
+TRIGRAM = 3  # characters: shorter words are not in the databases' trigram indexes
+
+
+class Query(Record):
+    """What to look for. Filters of different kinds all hold; of the values of one kind, any may."""
+
+    text: str | None = (
+        None  # each of its words is a part of the id, base, origin, family, method, pattern or a format
+    )
+    families: tuple[str, ...] = ()
+    bases: tuple[str, ...] = ()  # by source or by repository
+    methods: tuple[str, ...] = ()  # as in Figures: "sparsegpt+gptq", "unknown" ...
+    patterns: tuple[str, ...] = ()  # as in Figures: "8:16", "unstructured", "dense" ...
+    licenses: tuple[str, ...] = ()  # "unknown" where none is recorded
+    statuses: tuple[Status, ...] = ()  # empty: all but "failed"
+    min_sparsity: float | None = None
+    max_sparsity: float | None = None
+    min_bits: float | None = None  # per weight
+    max_bits: float | None = None
+    min_size: int | None = None  # bytes of the smallest runnable form; an entry without files has none
+    max_size: int | None = None
+    machine: str | None = None  # measured there: the beginning of a fingerprint, or a part of the CPU's name
+    sort: Sort = "newest"  # best first, as the figure has it; entries without the figure come last
+    reverse: bool = False  # worst first; entries without the figure come last all the same
+    limit: int | None = Field(default=50, ge=0)
+    offset: int = Field(default=0, ge=0)
+
+
+class Facets(Record):
+    """How many entries have each value, commonest first, of those that all other filters of a query leave.
+
+    So the counts of `families` say what one would get by choosing another family.
+    """
+
+    families: dict[str, int]
+    bases: dict[str, int]
+    methods: dict[str, int]
+    patterns: dict[str, int]
+    licenses: dict[str, int]
+    statuses: dict[str, int]
+
+
+def largest_first(query: Query) -> bool:
+    return _SORTS[query.sort][1] != query.reverse
+
+
+def first_matches(query: Query, database: str, machines: Sequence[str] | None) -> tuple[Any, Any]:
+    """SELECT the page of ids, each with its decode speed and how many match; and SELECT the latter alone.
+
+    One pass over what matches, wherever it lies, which ends at MOST_COUNTED + 1 matches: then the page is not
+    the right one, and `in_order` gives it. `database` is SQLAlchemy's name of the dialect; `machines` the
+    fingerprints that `query.machine` means.
+    """
+    found, figure, speed = _found(query, machines)
+    found = found.add_columns(figure.label("figure"), speed.label("speed"))
+    conditions = (*_conditions(query, database), *_choices(query))
+    matches = found.where(*conditions).limit(MOST_COUNTED + 1).cte("matches").prefix_with("MATERIALIZED")
+    count = select(func.count()).select_from(matches)
+    page = select(matches.c.entry_id, matches.c.speed, count.scalar_subquery())
+    return _page(page.order_by(*_order(query, matches.c.figure, matches.c.entry_id)), query), count
+
+
+def in_order(query: Query, database: str, machines: Sequence[str] | None) -> Any:
+    """SELECT the page of ids, each with its decode speed, by walking an index of the figure sorted by.
+
+    The way to the first of many matches; where few match, it passes all others.
+    """
+    found, figure, speed = _found(query, machines)
+    conditions = (*_conditions(query, database, one_by_one=True), *_choices(query))
+    order = _order(query, figure, IndexRow.entry_id)
+    return _page(found.add_columns(speed).where(*conditions).order_by(*order), query)
+
+
+def _found(query: Query, machines: Sequence[str] | None) -> tuple[Any, Any, Any]:
+    """SELECT ids, without any condition; the column to sort by; and that of the speed."""
+    found = select(IndexRow.entry_id)
+    speed: Any = IndexRow.speed
+    if machines is not None:
+        there = _speeds(machines)
+        found = found.join(there, there.c.key == IndexRow.key)
+        speed = there.c.speed
+    return found, speed if query.sort == "speed" else _SORTS[query.sort][0], speed
+
+
+def _order(query: Query, figure: Any, entry_id: Any) -> tuple[Any, ...]:
+    if query.sort == "id":
+        return (entry_id.desc() if largest_first(query) else entry_id.asc(),)
+    direction = figure.desc() if largest_first(query) else figure.asc()
+    return direction.nulls_last(), entry_id
+
+
+def _page(select_: Any, query: Query) -> Any:
+    return select_.limit(query.limit).offset(query.offset)
+
+
+_FACETS = {
+    "families": IndexRow.family,
+    "bases": IndexRow.base,
+    "methods": IndexRow.method,
+    "patterns": IndexRow.pattern,
+    "licenses": IndexRow.license,
+    "statuses": IndexRow.status,
+}
+
+
+def combinations(query: Query, database: str, machines: Sequence[str] | None) -> Any:
+    """SELECT how many entries there are of each combination of facets, then base model, then the count.
+
+    Only the filters that are not facets apply: `counted` applies the others.
+    """
+    columns = [*_FACETS.values(), IndexRow.base_model]
+    found = select(*columns, func.count()).where(*_conditions(query, database)).group_by(*columns)
+    if machines is not None:
+        there = _speeds(machines)
+        found = found.join(there, there.c.key == IndexRow.key)
+    return found
+
+
+def counted(query: Query, rows: Iterable[Sequence[Any]]) -> Facets:
+    """The facets from the rows of `combinations`."""
+    counts: dict[str, Counter[str]] = {name: Counter() for name in _FACETS}
+    for *values, base_model, count in rows:
+        fails = [
+            name
+            for name, value in zip(_FACETS, values, strict=True)
+            if not _chosen(query, name, value, base_model)
+        ]
+        for name, value in zip(_FACETS, values, strict=True):
+            if not fails or fails == [name]:
+                counts[name][value] += count
+    return Facets(**{name: dict(counter.most_common()) for name, counter in counts.items()})
+
+
+def _chosen(query: Query, name: str, value: str, base_model: str) -> bool:
+    wanted = getattr(query, name)
+    if name == "statuses" and not wanted:
+        return value != "failed"
+    return not wanted or value in wanted or (name == "bases" and base_model in wanted)
+
+
+def _choices(query: Query) -> Iterator[ColumnElement[bool]]:
+    """The same in SQL."""
+    for name, column in _FACETS.items():
+        wanted = getattr(query, name)
+        if name == "bases" and wanted:
+            yield or_(column.in_(wanted), IndexRow.base_model.in_(wanted))
+        elif wanted:
+            yield column.in_(wanted)
+        elif name == "statuses":
+            yield column != "failed"
+
+
+def _conditions(query: Query, database: str, *, one_by_one: bool = False) -> Iterator[ColumnElement[bool]]:
+    """All filters but the choices; `one_by_one`: without the text index, which first finds all matches."""
+    for column, least, most in (
+        (IndexRow.sparsity, query.min_sparsity, query.max_sparsity),
+        (IndexRow.bits_per_weight, query.min_bits, query.max_bits),
+        (IndexRow.size, query.min_size, query.max_size),
+    ):
+        if least is not None:
+            yield column >= least
+        if most is not None:
+            yield column <= most
+    if query.text is not None:
+        yield from _contains(query.text.lower().split(), database, one_by_one)
+
+
+# SQLite's text index; see migration 0002.
+_TEXT = sql.table("entry_text", sql.column("rowid"), sql.column("entry_text"))
+
+
+def _contains(words: Sequence[str], database: str, one_by_one: bool) -> Iterator[ColumnElement[bool]]:
+    if any("\0" in word for word in words):  # which no text in a database has
+        yield false()
+    elif database == "sqlite":
+        indexed = [word for word in words if len(word) >= TRIGRAM and not one_by_one]
+        if indexed:
+            quoted = " ".join('"' + word.replace('"', '""') + '"' for word in indexed)
+            yield _TEXT.c.rowid == IndexRow.key
+            yield _TEXT.c.entry_text.op("MATCH")(quoted)
+        for word in words:
+            if word not in indexed:
+                yield func.instr(IndexRow.text, word) > 0
+    else:
+        for word in words:
+            yield IndexRow.text.contains(word, autoescape=True)
+
+
+def _speeds(machines: Sequence[str]) -> Any:
+    """Each entry's best decode on these machines."""
+    return (
+        select(SpeedRow.key, func.max(SpeedRow.speed).label("speed"))
+        .where(SpeedRow.machine_fingerprint.in_(machines))
+        .group_by(SpeedRow.key)
+        .subquery()
+    )

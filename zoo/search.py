@@ -1,0 +1,141 @@
+"""`zoo search`: the local registry, and what zoos published to a Hub, in one list."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from zoo.entry import Entry, Record, Status
+from zoo.errors import FormatError, HubError
+from zoo.progress import say
+from zoo.registry import Figures, Query, Registry, Summary, open_registry
+from zoo.registry.query import largest_first
+
+if TYPE_CHECKING:  # importing these takes longer than a local search
+    from huggingface_hub.hf_api import ModelInfo
+
+    from zoo.hub.client import Hub
+
+LOCAL = "local"
+MAX_REPOSITORIES = 1000  # looked at on a Hub
+AT_ONCE = 8  # manifests
+
+
+class Place(Record):
+    """Where an entry is: in the local registry, or in a repository."""
+
+    endpoint: str  # "local", or a URL
+    repository: str | None  # None: local
+
+
+class Hit(Record):
+    """An entry that was found. What the local registry has of it goes before what was published."""
+
+    id: str
+    places: list[Place]
+    status: Status
+    family: str
+    base: str  # its repository if known, else its source
+    license: str | None
+    created: str
+    parameters: int
+    sparsity: float
+    bits_per_weight: float
+    figures: Figures
+
+
+class Found(Record):
+    """The hits that the query's limit and offset leave, best first, and how many there are in all."""
+
+    total: int  # at most MOST_COUNTED are counted
+    more: bool  # there are more than `total`
+    hits: list[Hit]
+
+
+def search(query: Query, registry: Registry | None, hub: Hub | None = None) -> Found:
+    """Search the local registry, a Hub, or both. Raises RegistryError, HubError."""
+    end = None if query.limit is None else query.offset + query.limit
+    first = query.model_copy(update={"limit": end, "offset": 0})  # who is not among these comes later in both
+    published = _published(hub, query) if hub is not None else {}
+    total, more, hits = 0, False, []
+    known = registry.known(published) if registry is not None else set()
+    if registry is not None:
+        page = registry.search(first)
+        total, more = total + page.total, more or page.more
+        for summary in page.entries:
+            _, there = published.get(summary.id, (None, []))
+            hits.append(_hit(summary, [Place(endpoint=LOCAL, repository=None), *there]))
+    if hub is not None:
+        with tempfile.TemporaryDirectory(prefix="zoo-search-") as folder:
+            # The same query, in a registry of what is published only: every filter has one meaning.
+            remote = open_registry(str(Path(folder) / "registry.db"))
+            for entry_id in published.keys() - known:
+                remote.put(published[entry_id][0])
+            page = remote.search(first)
+        total, more = total + page.total, more or page.more
+        hits += [_hit(summary, published[summary.id][1]) for summary in page.entries]
+    return Found(total=total, more=more, hits=_sorted(hits, query)[query.offset : end])
+
+
+def _published(hub: Hub, query: Query) -> dict[str, tuple[Entry, list[Place]]]:
+    """The entries that zoos published to the Hub, by id, and their repositories; unreadable ones are said."""
+    from zoo.hub import client
+
+    with client.told_plainly(hub):
+        listed = hub.api.list_models(filter=client.TAG, full=True)
+        models = list(islice(listed, MAX_REPOSITORIES + 1))
+    if len(models) > MAX_REPOSITORIES:
+        say(f"{hub.endpoint} has more than {MAX_REPOSITORIES} entries; only so many are looked at")
+        models.pop()
+    if query.families:  # the cards' tags say it, which saves looking
+        models = [model for model in models if not model.tags or {*query.families} & {*model.tags}]
+    found: dict[str, tuple[Entry, list[Place]]] = {}
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        for model, entry in zip(models, pool.map(lambda model: _entry(hub, model), models), strict=True):
+            if isinstance(entry, str):
+                say(f"left out: {entry}")
+            elif entry.status != "failed":
+                place = Place(endpoint=hub.endpoint, repository=model.id)
+                found.setdefault(entry.id, (entry, []))[1].append(place)
+    return found
+
+
+def _entry(hub: Hub, model: ModelInfo) -> Entry | str:
+    """The entry of a repository's manifest, or in words why there is none."""
+    from zoo.hub import client
+    from zoo.hub.client import Blob
+    from zoo.hub.manifest import MANIFEST, MAX_BYTES, parse
+
+    try:
+        manifest = Blob(MANIFEST, size=0, oid="", sha256=None)
+        data = client.read(hub, model.id, model.sha or "main", manifest, MAX_BYTES)
+        entry = parse(data, f"{MANIFEST} of {model.id}").entry
+    except (HubError, FormatError) as error:
+        return str(error).replace("\n  ", "; ")
+    if entry.id != model.id.rpartition("/")[2]:
+        return f"{model.id}, whose manifest is of {entry.id}"
+    return entry
+
+
+def _hit(summary: Summary, places: list[Place]) -> Hit:
+    shared = {name: getattr(summary, name) for name in Hit.model_fields if name not in ("places", "base")}
+    return Hit(**shared, places=places, base=summary.base_repository or summary.base_model)
+
+
+def _sorted(hits: Iterable[Hit], query: Query) -> list[Hit]:
+    """As the registry sorts: best first, who lacks the figure last, then by id."""
+
+    def value(hit: Hit) -> Any:
+        plain = {"newest": "created", "id": "id", "bits": "bits_per_weight", "sparsity": "sparsity"}
+        if query.sort in plain:
+            return getattr(hit, plain[query.sort])
+        return getattr(hit.figures, query.sort)
+
+    by_id = sorted(hits, key=lambda hit: hit.id)
+    known = [hit for hit in by_id if value(hit) is not None]
+    known.sort(key=value, reverse=largest_first(query))
+    return known + [hit for hit in by_id if value(hit) is None]
