@@ -1,48 +1,32 @@
-"""Browse the registry: `streamlit run app/main.py`. Reads the registry only."""
+"""The zoo's web app: `zoo app`, or `streamlit run app/main.py`. It reads the registry and writes nothing."""
 
 from __future__ import annotations
 
-import os
+from pathlib import Path
 
 import streamlit as st
 
+from app.parts import show_error
 from zoo.errors import ZooError
-from zoo.registry import Summary, open_registry
+
+ICON = Path(__file__).with_name("icon.svg")  # a named icon would be fetched from a server of Google's
 
 
-def row(summary: Summary) -> dict[str, object]:
-    """What the table shows of an entry."""
-    measured = next(
-        (m for m in summary.measurements if m.subject == "entry" and m.metric == "perplexity"), None
-    )
-    return {
-        "id": summary.id,
-        "family": summary.family,
-        "base": summary.base_repository or summary.base_model,
-        "status": summary.status,
-        "sparsity": f"{summary.sparsity:.1%}",
-        "bits per weight": round(summary.bits_per_weight, 3),
-        "perplexity": None if measured is None else f"{measured.value:.2f} at {measured.context_length}",
-        "decode token/s": max((b.decode_tokens_per_s for b in summary.benchmarks), default=None),
-    }
-
-
-def page() -> None:
-    st.set_page_config(page_title="Sparse Zoo", layout="wide")
-    st.title("Sparse Zoo")
+def main() -> None:
+    st.set_page_config(page_title="Sparse Zoo", page_icon=str(ICON), layout="wide")
+    st.logo(str(ICON), size="small")
+    pages = [
+        st.Page("browse.py", title="Browse", icon=":material/grid_view:", default=True),
+        st.Page("entry.py", title="Entry", url_path="entry", visibility="hidden"),
+        st.Page("compare.py", title="Compare", icon=":material/balance:", url_path="compare"),
+        st.Page("runs.py", title="Runs", icon=":material/manufacturing:", url_path="runs"),
+        st.Page("try_it.py", title="Try it", icon=":material/forum:", url_path="try"),
+    ]
+    page = st.navigation(pages, position="top")
     try:
-        entries = open_registry(os.environ.get("ZOO_REGISTRY", "registry.db"), create=False).entries()
+        page.run()
     except ZooError as error:
-        st.error(str(error))
-        return
-    if not entries:
-        st.info("No entries yet. `make demo` makes the first one.")
-        return
-    families = sorted({entry.family for entry in entries})
-    chosen = st.multiselect("Family", families, default=families)
-    shown = [row(entry) for entry in entries if entry.family in chosen]
-    st.caption(f"{len(shown)} of {len(entries)} entries")
-    st.dataframe(shown, hide_index=True)
+        show_error(error)
 
 
-page()
+main()

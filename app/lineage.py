@@ -1,0 +1,58 @@
+"""How an entry came to be, read from its recipe."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import yaml
+
+DONE = {"prune": "pruned", "quantize": "quantized", "recover": "recovered"}
+
+
+class Made(NamedTuple):
+    """One step from the base model to the entry."""
+
+    what: str  # pruned, recovered, quantized ...
+    how: str  # method and its settings in a few words
+
+
+def steps(recipe: str) -> list[Made]:
+    """The steps of a resolved recipe, in order; empty if it is not one. Nothing in it is trusted."""
+    try:
+        parsed = yaml.safe_load(recipe)
+    except (yaml.YAMLError, RecursionError):
+        return []
+    listed = parsed.get("steps") if isinstance(parsed, dict) else None
+    return [_made(step) for step in listed if isinstance(step, dict)] if isinstance(listed, list) else []
+
+
+def _made(step: dict[str, Any]) -> Made:
+    kind = str(step.get("kind", "?"))
+    what = DONE.get(kind, kind)
+    how = [str(step["method"])] if isinstance(step.get("method"), str) else []
+    pattern = step.get("pattern")
+    if isinstance(pattern, dict):
+        how += _pattern(pattern)
+    grid = step.get("quantize")
+    if kind == "prune" and isinstance(grid, dict):
+        what += " and quantized"
+        how += _grid(grid)
+    if kind == "quantize":
+        how += _grid(step.get("grid") if isinstance(step.get("grid"), dict) else step)
+    if kind == "recover" and isinstance(step.get("tokens"), int):
+        how.append(f"{step['tokens']:,} tokens")
+    return Made(what, ", ".join(how))
+
+
+def _pattern(pattern: dict[str, Any]) -> list[str]:
+    if pattern.get("keep") and pattern.get("group"):
+        window = f" window {pattern['window']}" if pattern.get("window") else ""
+        return [f"{pattern['keep']}:{pattern['group']}{window}"]
+    sparsity = pattern.get("sparsity")
+    return [f"{sparsity:.0%} unstructured"] if isinstance(sparsity, int | float) else []
+
+
+def _grid(grid: Any) -> list[str]:
+    if not isinstance(grid, dict) or not grid.get("bits"):
+        return []
+    return [f"{grid['bits']} bits" + (f" per {grid['group']}" if grid.get("group") else "")]

@@ -1,0 +1,101 @@
+"""What several pages need: the registry, links between pages, messages."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import streamlit as st
+
+from app.text import REASON_LIMIT, escape
+from zoo.entry import Measurement, Status
+from zoo.errors import ZooError
+from zoo.registry import Registry, Summary, open_registry
+
+REPOSITORY = Path(__file__).parents[1]
+MOST_COMPARED = 6
+STATUS_BADGES = {
+    "verified": ":green-badge[:material/check: verified]",
+    "published": ":green-badge[:material/cloud_done: published]",
+    "failed": ":red-badge[:material/close: failed]",
+}
+
+
+def registry() -> Registry:
+    """The registry that ZOO_REGISTRY names, or the repository's own. RegistryError if it cannot be read."""
+    return open_registry(os.environ.get("ZOO_REGISTRY") or str(REPOSITORY / "registry.db"), create=False)
+
+
+@contextmanager
+def kept_view(page: str, widgets: Collection[str], others: Collection[str] = ()) -> Iterator[None]:
+    """Remember the view that a page shows, and take it up again after the browser's Back.
+
+    Streamlit then opens the page with the URL's parameters of the one that was left. page: its file; widgets:
+    keys of those bound to the URL; others: further parameters of this page's URL.
+    """
+    name = f"view of {page}"
+    strange = any(key not in widgets and key not in others for key in st.query_params)
+    if strange and name in st.session_state:
+        st.switch_page(page, query_params=st.session_state[name])
+    yield
+    view = {key: _spelt(st.session_state[key]) for key in widgets if key in st.session_state}
+    view |= {key: st.query_params.get_all(key) for key in others}
+    st.session_state[name] = {key: values for key, values in view.items() if values}
+
+
+def _spelt(value: object) -> list[str]:
+    """A widget's value as Streamlit writes it into a URL."""
+    values = value if isinstance(value, list | tuple) else [value]
+    return [
+        str(one).lower() if isinstance(one, bool) else str(one) for one in values if one not in (None, "")
+    ]
+
+
+def show_error(error: ZooError) -> None:
+    """What was found, what was expected, and what to try, as the command line says it."""
+    lines = [f"**{escape(error.what, REASON_LIMIT)}**"]
+    for name, said in (("Found", error.saw), ("Expected", error.expected), ("Try", error.try_)):
+        if said:
+            lines.append(f"{name}: {escape(said, REASON_LIMIT)}")
+    st.error("\n\n".join(lines), icon=":material/error:")
+
+
+def no_entries() -> None:
+    st.info(
+        "**No entries yet.** Run `make demo` to make the first one, or `zoo run RECIPE` for another recipe. "
+        "A registry elsewhere: `zoo app --registry URL`.",
+        icon=":material/inventory_2:",
+    )
+
+
+def entry_link(entry_id: str, *, icon: str | None = None) -> None:
+    st.page_link("entry.py", label=f"**{escape(entry_id)}**", icon=icon, query_params={"id": entry_id})
+
+
+def compare_link(entry_ids: Sequence[str], label: str) -> None:
+    st.page_link(
+        "compare.py", label=label, icon=":material/balance:", query_params={"entry": list(entry_ids)}
+    )
+
+
+def ink() -> str:
+    """The colour of words in charts, by the theme that is on."""
+    return "#fafafa" if st.context.theme.type == "dark" else "#262730"
+
+
+def status_badge(status: Status) -> str:
+    return STATUS_BADGES[status]
+
+
+def perplexity_of(summary: Summary) -> Measurement | None:
+    """The measurement behind the perplexity in an entry's figures; it says at what context."""
+    return next(
+        (
+            m
+            for m in summary.measurements
+            if m.subject == "entry" and m.metric == "perplexity" and m.value == summary.figures.perplexity
+        ),
+        None,
+    )

@@ -1,0 +1,287 @@
+"""The web app as a person meets it: a real server, driven in Debian's Chromium through Playwright."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
+from urllib.request import urlopen
+
+import pytest
+
+from tests.example import entry
+from tests.many import fill
+from tests.test_app import HOSTILE, hostile
+from zoo.registry import open_registry
+
+pytest.importorskip("streamlit", reason="the extra [app] is not installed")
+sync_api = pytest.importorskip("playwright.sync_api", reason="the extra [dev] is not installed")
+from playwright.sync_api import Browser, Locator, Page, expect  # noqa: E402
+
+CHROMIUM = shutil.which("chromium")
+pytestmark = [
+    pytest.mark.real,
+    pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the PATH: apt-get install chromium"),
+]
+# Chromium has no user namespaces for its sandbox as root; and it is not to look for its maker's servers.
+FLAGS = [
+    f"--{flag}"
+    for flag in (
+        "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking",
+        "disable-component-update", "disable-sync",
+    )
+]  # fmt: skip
+PATIENCE_S = 60.0
+MANY = 10_000
+PER_PAGE = 24
+# Seconds that the issue asks for; other programs may use this machine too, so the assertion is generous.
+FIRST_PAGE_S, FILTER_S, START_S, GENEROUS = 1.0, 0.5, 3.0, 5.0
+
+
+@contextmanager
+def served(registry: Path, store: Path) -> Iterator[tuple[str, float]]:
+    """`zoo app` in a process of its own: its address, and the seconds until it answered."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "zoo.cli", "app", "--port", str(port)]
+    command += ["--registry", str(registry), "--store", str(store)]
+    log = registry.with_suffix(".log")
+    began = time.monotonic()
+    with log.open("wb") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
+    try:
+        address = f"http://127.0.0.1:{port}"
+        while True:
+            try:
+                urlopen(f"{address}/_stcore/health", timeout=1).read()
+                break
+            except OSError:
+                assert process.poll() is None, log.read_text()
+                assert time.monotonic() - began < PATIENCE_S
+                time.sleep(0.02)
+        yield address, time.monotonic() - began
+    finally:
+        process.terminate()
+        process.wait(timeout=PATIENCE_S)
+    assert "Traceback" not in log.read_text(), log.read_text()
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Browser]:
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def tab(chromium: Browser) -> Iterator[Page]:
+    with chromium.new_context(viewport={"width": 1280, "height": 900}) as context:
+        page = context.new_page()
+        page.set_default_timeout(PATIENCE_S * 1000)
+        expect.set_options(timeout=PATIENCE_S * 1000)
+        yield page
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, float]]:
+    folder = tmp_path_factory.mktemp("many")
+    fill(str(folder / "registry.db"), MANY)
+    with served(folder / "registry.db", folder / "store") as found:
+        yield found
+
+
+def seconds(act: Callable[[], object]) -> float:
+    began = time.monotonic()
+    act()
+    return time.monotonic() - began
+
+
+def parameters(tab: Page) -> dict[str, list[str]]:
+    return parse_qs(urlsplit(tab.url).query)
+
+
+def settled(tab: Page) -> None:
+    """Wait until no run of the page is on."""
+    expect(tab.get_by_test_id("stApp")).to_have_attribute("data-test-script-state", "notRunning")
+    expect(tab.get_by_test_id("stApp")).to_have_attribute("data-test-connection-state", "CONNECTED")
+
+
+def cards(tab: Page) -> Locator:
+    """Links to the entries of this page, in order."""
+    return tab.locator("[data-testid=stMain] [data-testid=stPageLink] a[href*='entry?id=']")
+
+
+def entries(tab: Page) -> list[str]:
+    return cards(tab).all_inner_texts()
+
+
+def found(tab: Page) -> int:
+    """How many entries the page says there are."""
+    said = tab.get_by_text(re.compile(r"of [\d,]+ entr(y|ies)")).inner_text()
+    return int(re.sub(r".* of ([\d,]+) .*", r"\1", said).replace(",", ""))
+
+
+def test_the_journey(many: tuple[str, float], tab: Page, chromium: Browser) -> None:
+    """Browse, filter, entry, compare, Pareto; and each URL restores its view in another browser's tab."""
+    address, _ = many
+    tab.goto(address)
+    everything = found(tab)
+    assert MANY * 0.9 < everything < MANY  # without the failed ones
+
+    tab.get_by_label("Search").fill("8:16 w4")
+    tab.keyboard.press("Enter")
+    expect(tab.get_by_text(f"of {everything:,} entries")).to_have_count(0)
+    expect(cards(tab)).to_have_text([re.compile("8of16-w4")] * PER_PAGE)
+    assert 0 < found(tab) < everything
+
+    boxes = tab.get_by_role("main").get_by_role("checkbox", name="Compare")
+    for position in (0, 1):
+        tab.locator("[data-testid=stMain] [data-testid=stCheckbox] label").filter(has_text="Compare").nth(
+            position
+        ).click()
+        expect(boxes.nth(position)).to_be_checked()
+    tab.wait_for_url(lambda url: len(parse_qs(urlsplit(url).query).get("pick", [])) == 2)
+    picked = parameters(tab)["pick"]
+    assert set(picked) == set(entries(tab)[:2])
+    view, shown = tab.url, entries(tab)
+
+    with chromium.new_context() as other:
+        restored = other.new_page()
+        restored.goto(view)
+        expect(cards(restored)).to_have_text(shown, timeout=PATIENCE_S * 1000)
+        assert restored.get_by_label("Search").input_value() == "8:16 w4"
+
+    tab.get_by_role("link", name=picked[0]).last.click()
+    expect(tab.get_by_role("heading", name=picked[0])).to_be_visible()
+    assert parameters(tab) == {"id": [picked[0]]}
+    tab.get_by_role("tab", name="Recipe").click()
+    expect(tab.get_by_text("Lineage")).to_be_visible()
+    assert parameters(tab)["tab"] == ["Recipe"]
+
+    tab.go_back()
+    expect(tab.get_by_role("link", name="Compare 2")).to_be_visible()
+    assert parameters(tab) == parse_qs(urlsplit(view).query)
+    expect(cards(tab)).to_have_text(shown)
+    tab.get_by_role("link", name="Compare 2").click()
+    tab.wait_for_url("**/compare?*")
+    expect(tab.get_by_role("cell", name="bits per weight")).to_be_visible()
+    assert parameters(tab)["entry"] == picked
+
+    tab.get_by_role("tab", name="Pareto").click()
+    expect(tab.locator("[data-testid=stVegaLiteChart]")).to_be_visible()
+    settled(tab)
+    tab.reload()
+    expect(tab.get_by_role("tab", name="Pareto")).to_have_attribute("aria-selected", "true")
+    expect(tab.locator("[data-testid=stVegaLiteChart]")).to_be_visible()
+    settled(tab)
+    for form, start in (("CSV", b"id,"), ("SVG", b"<svg"), ("PNG", b"\x89PNG")):
+        with tab.expect_download() as download:
+            tab.get_by_test_id("stDownloadButton").filter(has_text=form).locator("button").click()
+        assert Path(download.value.path()).read_bytes().startswith(start)
+
+    mark = tab.locator("[data-testid=stVegaLiteChart] .mark-symbol path[aria-roledescription='point']").first
+    mark.click(force=True)
+    tab.wait_for_url("**/entry?id=*")
+    expect(tab.get_by_role("tab", name="Run it")).to_be_visible()
+
+
+def test_ten_thousand_entries_are_quick(many: tuple[str, float], tab: Page) -> None:
+    address, start = many
+    tab.goto(address)  # the server's first page also reads its own files
+    settled(tab)
+
+    def opened() -> None:
+        tab.goto(address)
+        expect(cards(tab).nth(PER_PAGE - 1)).to_be_visible()
+
+    first = min(seconds(opened) for _ in range(3))
+
+    def filtered(text: str) -> None:
+        tab.get_by_label("Search").fill(text)
+        tab.keyboard.press("Enter")
+        expect(tab.get_by_role("link", name=re.compile(text)).first).to_be_visible()
+        expect(tab.get_by_text(f"of {everything:,} entries")).to_have_count(0)
+
+    everything = found(tab)
+    times = []
+    for text in ("mpt-25m", "llama-2-13b", "4of16"):
+        times.append(seconds(lambda text=text: filtered(text)))
+        tab.get_by_role("button", name="Clear filters").first.click()
+        expect(tab.get_by_text(f"of {everything:,} entries")).to_be_visible()
+        settled(tab)
+    filter_ = sorted(times)[1]
+    print(f"\n{MANY} entries: started in {start:.2f} s, first page {first:.2f} s, a filter {filter_:.2f} s")
+    assert start < GENEROUS * START_S
+    assert first < GENEROUS * FIRST_PAGE_S
+    assert filter_ < GENEROUS * FILTER_S
+
+
+def test_no_script_of_an_entry_runs(tmp_path: Path, tab: Page) -> None:
+    registry = open_registry(str(tmp_path / "registry.db"))
+    registry.put(hostile())
+    registry.put(entry("b-llama"))
+    run_id = registry.start_run(HOSTILE, "ab" * 32, 1, HOSTILE)
+    registry.finish_run(run_id, "failed", failure=HOSTILE)
+    dialogs: list[str] = []
+    asked: list[str] = []
+    tab.on("dialog", lambda dialog: (dialogs.append(dialog.message), dialog.dismiss()))
+    tab.on("request", lambda request: asked.append(request.url))
+    with served(tmp_path / "registry.db", tmp_path / "store") as (address, _):
+        views = [
+            "",
+            "?view=Table",
+            "runs",
+            "compare?entry=a-llama&entry=b-llama",
+            "compare?entry=a-llama&show=Pareto",
+        ]
+        views += ["compare?entry=a-llama&entry=b-llama&show=Recipes", "entry?id=<img src=x onerror=alert(1)>"]
+        views += [
+            f"entry?id=a-llama&tab={name}"
+            for name in ("Run it", "Compression", "Accuracy", "Speed", "Files", "Recipe", "Card")
+        ]
+        for view in views:
+            tab.goto(f"{address}/{view}")
+            main = tab.get_by_test_id("stMain")
+            expect(main.locator("h1, h2, [role=alert]").first).to_be_visible()
+            settled(tab)
+            assert main.locator("script").count() == 0, view
+            assert main.locator("img[src='x'], img[src*='h.invalid'], [onerror]").count() == 0, view
+            assert main.locator("a[href^='javascript']").count() == 0, view
+            assert tab.get_by_test_id("stException").count() == 0, view
+    assert dialogs == []
+    assert [url for url in asked if not url.startswith((address, "data:", "blob:"))] == []
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_phone_scrolls_down_only(many: tuple[str, float], chromium: Browser, scheme: str) -> None:
+    address, _ = many
+    with chromium.new_context(viewport={"width": 390, "height": 844}, color_scheme=scheme) as context:  # type: ignore[arg-type]
+        tab = context.new_page()
+        tab.set_default_timeout(PATIENCE_S * 1000)
+        tab.goto(address)
+        expect(cards(tab).nth(PER_PAGE - 1)).to_be_visible(timeout=PATIENCE_S * 1000)
+        name = entries(tab)[0]
+        for view in (
+            "",
+            "runs",
+            "try",
+            f"compare?entry={name}",
+            f"entry?id={name}",
+            f"entry?id={name}&tab=Accuracy",
+        ):
+            tab.goto(f"{address}/{view}")
+            expect(tab.get_by_test_id("stMain").locator("h1, h2").first).to_be_visible()
+            settled(tab)
+            assert tab.evaluate("document.documentElement.scrollWidth") <= 390, view
+        background = tab.evaluate("getComputedStyle(document.querySelector('.stApp')).backgroundColor")
+        light = sum(map(int, re.findall(r"\d+", background)[:3])) > 3 * 128
+        assert light == (scheme == "light")
