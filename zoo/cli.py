@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from zoo.best import Best
     from zoo.entry import Entry, Machine, Measurement, Record
     from zoo.registry import Registry, Summary
+    from zoo.registry.transfer import Transferred
     from zoo.runner.bench import Bench
     from zoo.runner.pack import PackedMatrix, PackReport
     from zoo.search import Hit
@@ -41,9 +42,11 @@ app = typer.Typer(
 recipes = typer.Typer(help="Recipes: what may stand in one, and whether one is right.", no_args_is_help=True)
 registries = typer.Typer(help="The registry's own upkeep.", no_args_is_help=True)
 tokens = typer.Typer(help="Who may use the server of `zoo serve`.", no_args_is_help=True)
+jobs = typer.Typer(help="Jobs: keep the entries of a job list up to date.", no_args_is_help=True)
 app.add_typer(recipes, name="recipe")
 app.add_typer(registries, name="registry")
 app.add_typer(tokens, name="token")
+app.add_typer(jobs, name="jobs")
 
 RegistryOption = Annotated[
     str,
@@ -81,6 +84,11 @@ MachineOption = Annotated[
         "--for", metavar="MACHINE", help="Speed on it: a part of its CPU's name, its fingerprint, or `this`."
     ),
 ]
+JobsOption = Annotated[Path, typer.Option("--jobs", metavar="FILE", help="The job list.", show_default=True)]
+OnlyOption = Annotated[
+    list[str] | None, typer.Option("--only", metavar="JOB", help="This job; may be repeated.")
+]
+JOBS = Path("pipelines/jobs.yaml")
 REGISTRY = "registry.db"
 STORE = Path("~/.cache/sparse-zoo")
 
@@ -120,7 +128,9 @@ def main() -> None:
 
 
 def _complain(message: str) -> None:
-    print(f"zoo: {message}", file=sys.stderr)
+    from zoo import logs
+
+    logs.tell("error", f"zoo: {message}", level="error")
 
 
 def _syntax(error: Any) -> int:
@@ -143,8 +153,14 @@ def _options(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
+    log_json: Annotated[
+        bool, typer.Option("--log-json", help="Progress and errors as JSON, one event a line.")
+    ] = False,
 ) -> None:
-    pass
+    from zoo import logs
+
+    if log_json:
+        os.environ[logs.ENVIRONMENT] = "1"  # of the processes that this one starts, too
 
 
 # --- the two journeys' commands ---------------------------------------------------------------------
@@ -797,6 +813,48 @@ def doctor(
         raise typer.Exit(FAILED)
 
 
+@app.command()
+def fsck(
+    repair: Annotated[bool, typer.Option("--repair", help="Mend what can be mended.")] = False,
+    published: Annotated[
+        bool, typer.Option("--published", help="Check what was published too, where it is.")
+    ] = False,
+    store: StoreOption = STORE,
+    registry: RegistryOption = REGISTRY,
+    as_json: JsonOption = False,
+) -> None:
+    """Check whether registry, store and published entries agree."""
+    from cards import render
+    from zoo import fsck as checking
+    from zoo.files import Store
+    from zoo.hub import client
+    from zoo.hub import pull as pulling
+
+    opened = _open(registry)
+
+    def fetch(entry: Entry) -> None:
+        place = entry.publications[-1]
+        hub = client.connect(place.endpoint)
+        pulling.pull(place.repository, hub, store=store.expanduser(), registry=opened, revision=place.commit)
+
+    findings = checking.fsck(
+        opened,
+        Store(store.expanduser()),
+        client.connect if published else None,
+        repair=repair,
+        render=render,
+        fetch=fetch,
+    )
+    if as_json:
+        _print_json(findings)
+    elif findings:
+        _print_table(["where", "what", "problem", "repair"], checking.as_lines(findings))
+    else:
+        print("registry and store agree" + (", and so does what was published" if published else ""))
+    if not checking.clean(findings):
+        raise typer.Exit(FAILED)
+
+
 @recipes.command()
 def schema() -> None:
     """Print the JSON Schema of a recipe, by which editors complete it."""
@@ -827,6 +885,98 @@ def check(
         raise typer.Exit(WRONG_USAGE)
 
 
+@jobs.command("plan")
+def plan_jobs(
+    path: JobsOption = JOBS,
+    only: OnlyOption = None,
+    store: StoreOption = STORE,
+    registry: RegistryOption = REGISTRY,
+    as_json: JsonOption = False,
+) -> None:
+    """Say which entries are stale, and why."""
+    from pipelines.jobs import plan
+    from zoo.files import Store
+    from zoo.jobs.joblist import load, selected
+
+    listed, _ = load(path)
+    planned = plan(selected(listed, only), _open(registry), Store(store.expanduser()))
+    if as_json:
+        _print_json(planned)
+        return
+    rows = [
+        [p.job, p.state + (f", by {p.holder}" if p.holder else ""), "; ".join(p.reasons)] for p in planned
+    ]
+    _print_table(["job", "state", "why"], rows)
+
+
+@jobs.command("run")
+def run_jobs(
+    path: JobsOption = JOBS,
+    only: OnlyOption = None,
+    max_parallel: Annotated[int, typer.Option(min=1, help="Jobs at once.")] = 1,
+    deadline: Annotated[
+        str | None, typer.Option(metavar="TIME", help="Stop then, e.g. 5h; the next call goes on.")
+    ] = None,
+    keep_going: Annotated[bool, typer.Option("--keep-going", help="Start others after one failed.")] = False,
+    now: Annotated[bool, typer.Option("--now", help="Waiting jobs too, whatever their `every`.")] = False,
+    summary: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the summary here, in Markdown.")
+    ] = None,
+    junit: Annotated[Path | None, typer.Option(metavar="FILE", help="Write JUnit XML here.")] = None,
+    patience: Annotated[
+        str, typer.Option(metavar="TIME", help="A scheduler silent for so long has lost its jobs.")
+    ] = "30s",
+    store: StoreOption = STORE,
+    registry: RegistryOption = REGISTRY,
+    as_json: JsonOption = False,
+) -> None:
+    """Make every stale entry anew. Ctrl-C or SIGTERM ends it within 10 seconds; the next call goes on."""
+    from pipelines import jobs as running
+    from pipelines.executors import Local
+    from zoo.files import Store
+    from zoo.jobs import summary as summaries
+    from zoo.jobs.joblist import load, parse_duration, selected
+    from zoo.registry import open_registry
+
+    listed, tolerance = load(path)
+    settings = running.Settings(
+        max_parallel=max_parallel,
+        deadline_s=None if deadline is None else parse_duration("--deadline", deadline),
+        keep_going=keep_going,
+        patience_s=parse_duration("--patience", patience),
+    )
+    with running.stop_on_signals() as stop:
+        done = running.run_jobs(
+            selected(listed, only),
+            tolerance,
+            open_registry(registry),
+            Store(store.expanduser()),
+            Local(),
+            settings,
+            stop,
+            now=now,
+        )
+    summaries.write(done, markdown_to=summary, junit_to=junit)
+    if as_json:
+        _print_json(done)
+    else:
+        if done.results:
+            _print_table(summaries.HEAD, summaries.rows(done))
+        print(summaries.last_line(done))
+    if stop.asked:
+        raise typer.Exit(INTERRUPTED)
+    if not done.ok:
+        raise typer.Exit(FAILED)
+
+
+@jobs.command("metrics")
+def job_metrics(registry: RegistryOption = REGISTRY) -> None:
+    """Print jobs, leases, stages and entries for Prometheus."""
+    from zoo.jobs.metrics import metrics
+
+    print(metrics(_open(registry)), end="")
+
+
 @registries.command()
 def migrate(registry: RegistryOption = REGISTRY) -> None:
     """Create the registry if it is absent, and bring the tables of an older one up to date."""
@@ -834,6 +984,69 @@ def migrate(registry: RegistryOption = REGISTRY) -> None:
 
     opened = open_registry(registry)
     print(f"{opened.name}: schema {opened.revision()}")
+
+
+@registries.command()
+def export(
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="FILE", help="Write here, not to the terminal.")
+    ] = None,
+    registry: RegistryOption = REGISTRY,
+) -> None:
+    """Write every entry, as JSON lines that `zoo registry import` reads."""
+    from zoo.files import atomic_file
+    from zoo.registry.transfer import export as lines
+
+    if output is None:
+        for line in lines(_open(registry)):
+            sys.stdout.write(line)
+        return
+    opened = _open(registry)
+    with atomic_file(output) as temporary, temporary.open("w", encoding="utf-8") as file:
+        file.writelines(lines(opened))
+
+
+PreferOption = Annotated[
+    str | None, typer.Option("--prefer", help="Of two that differ: newer, ours or theirs. Default: refuse.")
+]
+
+
+@registries.command("import")
+def import_entries(
+    source: Annotated[str, typer.Argument(metavar="FILE", help="An export; - reads standard input.")],
+    prefer: PreferOption = None,
+    registry: RegistryOption = REGISTRY,
+    as_json: JsonOption = False,
+) -> None:
+    """Take in the entries of an export, all or none."""
+    from zoo.registry import open_registry
+    from zoo.registry.transfer import bring_in, read
+
+    preferred = _one_of("--prefer", prefer, "newer ours theirs")
+    with sys.stdin.buffer if source == "-" else Path(source).expanduser().open("rb") as file:
+        _print_transferred(bring_in(read(file, source), open_registry(registry), preferred), as_json)
+
+
+@registries.command()
+def merge(
+    other: Annotated[str, typer.Argument(metavar="REGISTRY", help="Another registry: a path or URL.")],
+    prefer: PreferOption = None,
+    registry: RegistryOption = REGISTRY,
+    as_json: JsonOption = False,
+) -> None:
+    """Take in the entries of another registry, all or none."""
+    from zoo.registry import open_registry
+    from zoo.registry.transfer import bring_in
+
+    preferred = _one_of("--prefer", prefer, "newer ours theirs")
+    _print_transferred(bring_in(_open(other).every(), open_registry(registry), preferred), as_json)
+
+
+def _print_transferred(done: Transferred, as_json: bool) -> None:
+    if as_json:
+        _print_json(done)
+    else:
+        print(f"{done.added} added, {done.replaced} replaced, {done.kept} kept, {done.same} the same")
 
 
 # --- printing ---------------------------------------------------------------------------------------

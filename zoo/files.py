@@ -15,7 +15,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -125,9 +125,38 @@ class Store:
         return self.root / "objects" / key[:2] / key
 
     def get(self, key: str) -> Path | None:
-        """The finished output of `key`, or None."""
+        """The finished output of `key`, or None; also if it is damaged, when it is to be made again."""
         path = self.path(key)
-        return path if path.is_dir() else None
+        return path if path.is_dir() and not self.damage(key) else None
+
+    def sums(self, key: str) -> Path:
+        """The file that says what the finished output of `key` holds: path -> [size, sha256]."""
+        return self.path(key).with_name(f"{key}.json")
+
+    def damage(self, key: str) -> list[str]:
+        """The files of a finished output that are not what was written: changed, missing, or others."""
+        try:
+            said = json.loads(self.sums(key).read_bytes())
+        except FileNotFoundError:
+            return []  # by an older zoo, which kept no sums
+        except ValueError:
+            return [self.sums(key).name]
+        there = {name: list(found) for name, found in file_table(self.path(key)).items()}
+        return sorted(name for name in {*said, *there} if said.get(name) != there.get(name))
+
+    def keys(self) -> list[str]:
+        """Of all that is finished, damaged or not."""
+        return sorted(path.name for path in (self.root / "objects").glob("??/*") if path.is_dir())
+
+    def discard(self, key: str) -> None:
+        """Remove a finished output, so that it is made again."""
+        with told_plainly(self.root):
+            gone = self.root / "partial" / f"{key}.{uuid.uuid4().hex}"
+            gone.parent.mkdir(parents=True, exist_ok=True)
+            with suppress(FileNotFoundError):
+                self.path(key).replace(gone)
+            self.sums(key).unlink(missing_ok=True)
+            shutil.rmtree(gone, ignore_errors=True)
 
     @contextmanager
     def locked(self, key: str) -> Iterator[None]:
@@ -141,7 +170,8 @@ class Store:
         finally:
             os.close(descriptor)
 
-    def _is_locked(self, key: str) -> bool:
+    def is_locked(self, key: str) -> bool:
+        """Whether someone works on this key now."""
         try:
             with (self.root / "locks" / key).open("rb") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -163,7 +193,7 @@ class Store:
             partial.mkdir(parents=True, exist_ok=True)
             for stale in partial.iterdir():
                 owner = stale.name.partition(".")[0]
-                if owner == key or not self._is_locked(owner):
+                if owner == key or not self.is_locked(owner):
                     shutil.rmtree(stale, ignore_errors=True)
             temporary = partial / f"{key}.{uuid.uuid4().hex}"
             try:
@@ -173,7 +203,8 @@ class Store:
                     if path.is_file():  # safetensors makes files private; and a finished output never changes
                         path.chmod(0o444)
                     _fsync(path)
-                final.parent.mkdir(parents=True, exist_ok=True)
+                self.discard(key)  # what may be there is damaged, or `get` had found it
+                write_json(self.sums(key), file_table(temporary))
                 temporary.replace(final)
                 _fsync(final.parent)
             finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import socket
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -211,6 +212,13 @@ class Registry:
         self.fence: Lease | None = None  # without it, nothing is written any more
         self._database = engine.dialect.name
 
+    @property
+    def url(self) -> str:
+        """What `open_registry` opens it by, its password included."""
+        if self._database == "sqlite":
+            return str(Path(self.name).absolute())
+        return self.engine.url.render_as_string(hide_password=False)
+
     def revision(self) -> str | None:
         """The schema revision; None for an empty database. RegistryError if it is someone else's."""
         with _told_plainly(self.name), self.engine.connect() as connection:
@@ -286,7 +294,7 @@ class Registry:
         last = ""
         while True:
             following = _with_parts(Entry).where(EntryRow.id > last).order_by(EntryRow.id).limit(_BATCH)
-            with self._reading() as session:
+            with self.reading() as session:
                 entries = [self._read(Entry, row) for row in session.scalars(following)]
             if not entries:
                 return
@@ -298,7 +306,7 @@ class Registry:
         found = self.find(entry_id)
         if found is not None:
             return found
-        with self._reading() as session:
+        with self.reading() as session:
             offered = session.scalars(select(EntryRow.id).where(EntryRow.status != "failed")).all()
         near = difflib.get_close_matches(entry_id, offered, n=3, cutoff=0.5)
         near += [i for i in offered if entry_id and entry_id in i and i not in near][: 3 - len(near)]
@@ -337,7 +345,7 @@ class Registry:
         With `query.machine`, the speed in an entry's figures is that on this machine.
         """
         machines = self._fingerprints(query)
-        with self._reading() as session:
+        with self.reading() as session:
             page, count = first_matches(query, self._database, machines)
             rows = session.execute(page).tuples().all()
             total: int = rows[0][2] if rows else session.scalar(count) or 0
@@ -355,19 +363,19 @@ class Registry:
         """How many entries each choice would find, the other filters of the query applied."""
         query = query or Query()
         machines = self._fingerprints(query)
-        with self._reading() as session:
+        with self.reading() as session:
             rows = session.execute(combinations(query, self._database, machines))
             return counted(query, rows.tuples())
 
     def find(self, entry_id: str) -> Entry | None:
         """As `get`, but None if there is none."""
-        with self._reading() as session:
+        with self.reading() as session:
             row = session.scalar(_with_parts(Entry).where(EntryRow.id == entry_id))
             return None if row is None else self._read(Entry, row)
 
     def known(self, ids: Iterable[str]) -> set[str]:
         """Which of these ids are in the registry."""
-        with self._reading() as session:
+        with self.reading() as session:
             batches = batched(ids, _BATCH)
             return {
                 i
@@ -385,12 +393,12 @@ class Registry:
                     MachineRow.cpu.icontains(name, autoescape=True),
                 )
             )
-        with self._reading() as session:
+        with self.reading() as session:
             return [Machine.model_validate(_fields(Machine, row)) for row in session.scalars(query)]
 
     def count(self) -> int:
         """How many entries there are, failed ones included."""
-        with self._reading() as session:
+        with self.reading() as session:
             return session.scalar(select(func.count(IndexRow.key))) or 0
 
     def _fingerprints(self, query: Query) -> list[str] | None:
@@ -413,11 +421,9 @@ class Registry:
     def start_run(self, recipe_name: str, recipe_sha256: str, pid: int, host: str) -> int:
         """Record that a run began and return its id. Runs of this host whose process is gone are closed."""
         with self._writing() as session:
-            running = select(RunRow).where(RunRow.status == "running", RunRow.host == host)
-            for run in session.scalars(running):
-                if run.pid == pid or not psutil.pid_exists(run.pid):
-                    run.status = "interrupted"
-                    run.finished = datetime.now(UTC)
+            for run in _dead_runs(session, host, pid):
+                run.status = "interrupted"
+                run.finished = datetime.now(UTC)
             row = RunRow(
                 recipe_name=recipe_name,
                 recipe_sha256=recipe_sha256,
@@ -429,6 +435,18 @@ class Registry:
             session.add(row)
             session.flush()
             return row.id
+
+    def dead_runs(self) -> list[tuple[int, str]]:
+        """(id, recipe's name) of this host's runs that are recorded as running and whose process is gone."""
+        with self.reading() as session:
+            return [(run.id, run.recipe_name) for run in _dead_runs(session, socket.gethostname())]
+
+    def close_dead_runs(self) -> None:
+        """Record those as interrupted."""
+        with self._writing() as session:
+            for run in _dead_runs(session, socket.gethostname()):
+                run.status = "interrupted"
+                run.finished = datetime.now(UTC)
 
     def record_stage(self, run_id: int, stage: Stage) -> None:
         with self._writing() as session:
@@ -452,7 +470,7 @@ class Registry:
     def runs(self) -> list[Run]:
         """Every run, newest first."""
         query = select(RunRow).options(selectinload(RunRow.stages)).order_by(RunRow.id.desc())
-        with self._reading() as session:
+        with self.reading() as session:
             return [self._read(Run, row) for row in session.scalars(query)]
 
     def _run(self, session: Session, run_id: int) -> RunRow:
@@ -472,7 +490,8 @@ class Registry:
             ) from error
 
     @contextmanager
-    def _reading(self) -> Iterator[Session]:
+    def reading(self) -> Iterator[Session]:
+        """A session that reads, for the modules beside this one; the database's errors told plainly."""
         with _told_plainly(self.name), Session(self.engine) as session:
             yield session
 
@@ -489,6 +508,12 @@ class Registry:
         engine = self.engine.execution_options(zoo_begin="write")
         with _told_plainly(self.name), Session(engine) as session, session.begin():
             yield session
+
+
+def _dead_runs(session: Session, host: str, pid: int | None = None) -> list[RunRow]:
+    """Runs of a host that never ended; those of process `pid`, which begins a new one, among them."""
+    running = select(RunRow).where(RunRow.status == "running", RunRow.host == host)
+    return [r for r in session.scalars(running) if r.pid == pid or not psutil.pid_exists(r.pid)]
 
 
 def _put(session: Session, entry: Entry) -> None:

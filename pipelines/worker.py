@@ -1,0 +1,100 @@
+"""One job in a process of its own, started by an executor: `python -m pipelines.worker`.
+
+The first line of standard input is the `Task`; the rest of it is a lifeline: when it closes, whoever started
+this is gone, and so is this soon. The last line of standard output is the `Ended`.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+from typing import Literal
+
+from zoo import logs
+from zoo.entry import Record
+from zoo.errors import ZooError
+from zoo.files import Store
+from zoo.jobs.transient import transient
+from zoo.registry import open_registry
+from zoo.registry.leases import Lease
+
+GRACE_S = 6.0  # between asking a worker to end and ending it
+
+
+class Task(Record):
+    """What a worker does. It comes by standard input, as a registry's URL may hold a password."""
+
+    job: str
+    recipe: str
+    overrides: list[str]
+    store: str
+    registry: str
+    lease_token: int
+    lease_holder: str
+
+
+class Ended(Record):
+    """How a worker ended."""
+
+    status: Literal["done", "failed", "interrupted"]
+    transient: bool = False  # the same may succeed a little later
+    failure: str | None = None
+
+
+def main() -> None:
+    task = Task.model_validate_json(sys.stdin.readline())
+    answer = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever libraries print is log
+    os.environ[logs.JOB] = task.job
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    threading.Thread(target=_end_with_lifeline, name="lifeline", daemon=True).start()
+    ended = _ended(task)
+    print(ended.model_dump_json(), file=answer, flush=True)
+    os._exit(0)  # threads of native libraries may not end by themselves
+
+
+def _ended(task: Task) -> Ended:
+    try:
+        from pipelines.recipe import load
+        from pipelines.run import run
+
+        recipe = load(Path(task.recipe), task.overrides)
+        registry = open_registry(task.registry)
+        registry.fence = Lease(task.job, task.lease_holder, task.lease_token)
+        entry = run(recipe, Store(Path(task.store)), registry)
+    except KeyboardInterrupt:
+        return Ended(status="interrupted", failure="stopped")
+    except Exception as error:  # a job's failure, whatever it is, is its scheduler's news
+        if isinstance(error, ZooError):
+            logs.tell("failed", str(error), level="error")
+        else:
+            logs.tell("failed", traceback.format_exc(), level="error")
+        return Ended(status="failed", transient=transient(error), failure=_in_words(error))
+    if entry.status == "failed":
+        return Ended(status="failed", failure=logs.redact(entry.failure or "not verified"))
+    return Ended(status="done")
+
+
+def _in_words(error: Exception) -> str:
+    first = (str(error).splitlines() or [""])[0]
+    saw = getattr(error, "saw", None)
+    said = first if isinstance(error, ZooError) else f"{type(error).__name__}: {first}"
+    return logs.redact(f"{said} ({saw})" if saw else said)[:500]
+
+
+def _end_with_lifeline() -> None:
+    while sys.stdin.buffer.read(1 << 10):
+        pass
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(GRACE_S)
+    os.killpg(os.getpgrp(), signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    main()
