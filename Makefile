@@ -19,8 +19,8 @@ demo: $(READY)
 	$(BIN)/python -m pipelines.demo $$(sed -n 's/^name: //p' $(RECIPE))
 
 test: $(READY) lint
-	@echo "== Tests, those on real models included: about 15 minutes on 2 cores"
-	$(BIN)/python -m pytest
+	@echo "== Tests, those on real models included: about 25 minutes on 2 cores"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(CORES) --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff check .
