@@ -49,9 +49,12 @@ class Constraint(Record):
     of_base: bool
 
     def __str__(self) -> str:
-        return (
-            f"{self.figure}{'>=' if self.at_least else '<='}{self.value:g}{'*base' if self.of_base else ''}"
-        )
+        sign = ">=" if self.at_least else "<="
+        return f"{self.figure}{sign}" + (f"{self.value:g}*base" if self.of_base else self.show(self.value))
+
+    def show(self, value: float) -> str:
+        """A value of this figure as one writes it."""
+        return f"{value / 1e6:.4g}MB" if self.figure == "size" else f"{value:.4g}"
 
 
 class Candidate(Record):
@@ -324,4 +327,4 @@ def _nearest(within: Sequence[Constraint], complete: Sequence[Candidate]) -> Ite
         ]
         _, nearest = max(found) if constraint.at_least else min(found)
         value = next(getattr(c, constraint.figure) for c in complete if c.id == nearest)
-        yield f"{constraint.figure} {value:.4g} of {nearest} is nearest to {constraint}"
+        yield f"{constraint.figure} {constraint.show(value)} of {nearest} is nearest to {constraint}"
