@@ -20,7 +20,7 @@ demo: $(READY)
 
 test: $(READY) lint
 	@echo "== Tests, those on real models included: about 25 minutes on 2 cores"
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(CORES) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(CORES) --dist loadfile --no-loadscope-reorder
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Protocol
 
@@ -39,20 +40,29 @@ class Executor(Protocol):
     def start(self, task: Task, log: Path, tell: Callable[[str], None]) -> Handle:
         """Start a worker. What it says goes, without secrets, to the file `log` and, by lines, to `tell`."""
 
+    def close(self) -> None:
+        """Let go of whatever it holds; no worker runs any more."""
 
+
+@dataclass(frozen=True)
 class Local:
     """Workers as processes of this machine."""
 
+    module: str = "pipelines.worker"
+
     def start(self, task: Task, log: Path, tell: Callable[[str], None]) -> Handle:
-        return LocalHandle(task, log, tell)
+        return LocalHandle(self.module, task, log, tell)
+
+    def close(self) -> None:
+        pass
 
 
 class LocalHandle:
-    def __init__(self, task: Task, log: Path, tell: Callable[[str], None]) -> None:
+    def __init__(self, module: str, task: Task, log: Path, tell: Callable[[str], None]) -> None:
         self._stopped: float | None = None
         self._answer = ""
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "pipelines.worker"],
+            [sys.executable, "-m", module],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -148,7 +148,7 @@ class _Work:
 
     job: Job
     reasons: list[str]
-    before: int  # the newest run of it when this began, of any scheduler
+    before: int  # the newest run of it, by any scheduler, that had ended when this one looked
     look_at: float = 0.0  # when to try for the lease again
     told: bool = False  # that another scheduler runs it
     lease: Lease | None = None
@@ -198,7 +198,10 @@ def run_jobs(
 
     Failures are in the summary; ZooError is raised only if the registry does not answer any more.
     """
-    return _Scheduler(jobs, tolerance, registry, store, executor, settings, stop).run(now)
+    try:
+        return _Scheduler(jobs, tolerance, registry, store, executor, settings, stop).run(now)
+    finally:
+        executor.close()
 
 
 class _Scheduler:
@@ -228,8 +231,9 @@ class _Scheduler:
 
     def run(self, now: bool) -> JobsSummary:
         started = datetime.now(UTC)
+        ended = [run for run in history(self.registry) if run.finished is not None]  # before the plan is made
+        newest = {run.job: run.id for run in reversed(ended)}
         plans = plan(list(self.jobs.values()), self.registry, self.store)
-        newest = {run.job: run.id for run in reversed(history(self.registry))}
         for planned_ in plans:
             job = self.jobs[planned_.job]
             if planned_.state == "broken":
@@ -334,6 +338,7 @@ class _Scheduler:
             registry=self.registry.url,
             lease_token=work.lease.token,
             lease_holder=work.lease.holder,
+            **work.job.needs.model_dump(),
         )
         work.handle = self.executor.start(task, self._log(work), lambda line: _tell(name, line))
 

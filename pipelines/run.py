@@ -154,6 +154,12 @@ def settle(recipe: Recipe) -> None:
     for export in recipe.exports:
         if isinstance(export, Gguf) and (wrong := [t for t in export.types if t not in known]):
             raise RecipeError(f"GGUF type {', '.join(wrong)} is not known", expected=", ".join(sorted(known)))
+    if redact(recipe.to_yaml()) != recipe.to_yaml():
+        raise RecipeError(
+            "the recipe holds a secret, which would be recorded and published",
+            expected="no token, and no password in a URL",
+            try_="give it by the environment, e.g. HF_TOKEN",
+        )
     if recipe.publish is not None:
         publish.check(recipe.publish)
     torch.use_deterministic_algorithms(True)

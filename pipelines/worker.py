@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -36,6 +37,9 @@ class Task(Record):
     registry: str
     lease_token: int
     lease_holder: str
+    cpus: float = 1.0  # to be reserved on a cluster
+    gpus: float = 0.0
+    memory_gb: float | None = None
 
 
 class Ended(Record):
@@ -46,7 +50,8 @@ class Ended(Record):
     failure: str | None = None
 
 
-def main() -> None:
+def main(work: Callable[[Task], Ended] | None = None) -> None:
+    """Read the task, do it (`work` stands in for `make` in tests of schedulers), and answer."""
     task = Task.model_validate_json(sys.stdin.readline())
     answer = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever libraries print is log
@@ -54,31 +59,34 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     threading.Thread(target=_end_with_lifeline, name="lifeline", daemon=True).start()
-    ended = _ended(task)
+    ended = _ended(task, work or make)
     print(ended.model_dump_json(), file=answer, flush=True)
     os._exit(0)  # threads of native libraries may not end by themselves
 
 
-def _ended(task: Task) -> Ended:
-    try:
-        from pipelines.recipe import load
-        from pipelines.run import run
+def make(task: Task) -> Ended:
+    """Make the entry, under the task's lease."""
+    from pipelines.recipe import load
+    from pipelines.run import run
 
-        recipe = load(Path(task.recipe), task.overrides)
-        registry = open_registry(task.registry)
-        registry.fence = Lease(task.job, task.lease_holder, task.lease_token)
-        entry = run(recipe, Store(Path(task.store)), registry)
-    except KeyboardInterrupt:
-        return Ended(status="interrupted", failure="stopped")
-    except Exception as error:  # a job's failure, whatever it is, is its scheduler's news
-        if isinstance(error, ZooError):
-            logs.tell("failed", str(error), level="error")
-        else:
-            logs.tell("failed", traceback.format_exc(), level="error")
-        return Ended(status="failed", transient=transient(error), failure=_in_words(error))
+    recipe = load(Path(task.recipe), task.overrides)
+    registry = open_registry(task.registry)
+    registry.fence = Lease(task.job, task.lease_holder, task.lease_token)
+    entry = run(recipe, Store(Path(task.store)), registry)
     if entry.status == "failed":
         return Ended(status="failed", failure=logs.redact(entry.failure or "not verified"))
     return Ended(status="done")
+
+
+def _ended(task: Task, work: Callable[[Task], Ended]) -> Ended:
+    try:
+        return work(task)
+    except KeyboardInterrupt:
+        return Ended(status="interrupted", failure="stopped")
+    except Exception as error:  # a job's failure, whatever it is, is its scheduler's news
+        expected = isinstance(error, ZooError | OSError)
+        logs.tell("failed", str(error) if expected else traceback.format_exc(), level="error")
+        return Ended(status="failed", transient=transient(error), failure=_in_words(error))
 
 
 def _in_words(error: Exception) -> str:
@@ -89,7 +97,7 @@ def _in_words(error: Exception) -> str:
 
 
 def _end_with_lifeline() -> None:
-    while sys.stdin.buffer.read(1 << 10):
+    while os.read(0, 1 << 10):
         pass
     os.kill(os.getpid(), signal.SIGINT)
     time.sleep(GRACE_S)

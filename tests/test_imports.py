@@ -116,12 +116,18 @@ def documentation(name: str) -> str:
 def documented_records() -> list[type[Record]]:
     from zoo.analyze import Analysis, TensorAnalysis
     from zoo.best import Best, Candidate, Constraint, LeftOut
+    from zoo.fsck import Finding
     from zoo.hub.pull import Pulled
+    from zoo.jobs.plan import Planned
+    from zoo.jobs.summary import Delta, JobResult, JobsSummary
     from zoo.registry import Figures
+    from zoo.registry.job_runs import Figure
+    from zoo.registry.transfer import Transferred
     from zoo.search import Found, Hit, Place
 
     of_entry = [r for r in vars(records).values() if isinstance(r, type) and issubclass(r, Record)]
     others: list[type[Record]] = [compare.Row, doctor.Check, Analysis, TensorAnalysis, Pulled]
+    others += [Planned, JobsSummary, JobResult, Figure, Delta, Finding, Transferred]
     others += [Figures, Found, Hit, Place, Best, Candidate, Constraint, LeftOut]
     return [r for r in of_entry if r is not Record] + others
 

@@ -9,6 +9,7 @@ import os
 import sys
 import unicodedata
 from collections.abc import Generator, Iterator, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,6 +19,7 @@ from zoo import __version__
 from zoo.errors import UsageError, ZooError
 
 if TYPE_CHECKING:
+    from pipelines.executors import Executor
     from zoo.best import Best
     from zoo.entry import Entry, Machine, Measurement, Record
     from zoo.registry import Registry, Summary
@@ -84,7 +86,9 @@ MachineOption = Annotated[
         "--for", metavar="MACHINE", help="Speed on it: a part of its CPU's name, its fingerprint, or `this`."
     ),
 ]
-JobsOption = Annotated[Path, typer.Option("--jobs", metavar="FILE", help="The job list.", show_default=True)]
+JobsOption = Annotated[
+    Path, typer.Option("--jobs", envvar="ZOO_JOBS", metavar="FILE", help="The job list.", show_default=True)
+]
 OnlyOption = Annotated[
     list[str] | None, typer.Option("--only", metavar="JOB", help="This job; may be repeated.")
 ]
@@ -819,6 +823,9 @@ def fsck(
     published: Annotated[
         bool, typer.Option("--published", help="Check what was published too, where it is.")
     ] = False,
+    no_store: Annotated[
+        bool, typer.Option("--no-store", help="Not the store, as that of a CI's jobs is elsewhere.")
+    ] = False,
     store: StoreOption = STORE,
     registry: RegistryOption = REGISTRY,
     as_json: JsonOption = False,
@@ -839,7 +846,7 @@ def fsck(
 
     findings = checking.fsck(
         opened,
-        Store(store.expanduser()),
+        None if no_store else Store(store.expanduser()),
         client.connect if published else None,
         repair=repair,
         render=render,
@@ -850,7 +857,8 @@ def fsck(
     elif findings:
         _print_table(["where", "what", "problem", "repair"], checking.as_lines(findings))
     else:
-        print("registry and store agree" + (", and so does what was published" if published else ""))
+        agree = ["registry", *([] if no_store else ["store"]), *(["what was published"] if published else [])]
+        print(f"nothing wrong with {', '.join(agree)}")
     if not checking.clean(findings):
         raise typer.Exit(FAILED)
 
@@ -923,6 +931,10 @@ def run_jobs(
         Path | None, typer.Option(metavar="FILE", help="Write the summary here, in Markdown.")
     ] = None,
     junit: Annotated[Path | None, typer.Option(metavar="FILE", help="Write JUnit XML here.")] = None,
+    executor: Annotated[str, typer.Option(help="Where jobs run: local, or ray.")] = "local",
+    address: Annotated[
+        str | None, typer.Option(help="Of the Ray cluster; without it RAY_ADDRESS, or this machine.")
+    ] = None,
     patience: Annotated[
         str, typer.Option(metavar="TIME", help="A scheduler silent for so long has lost its jobs.")
     ] = "30s",
@@ -938,6 +950,7 @@ def run_jobs(
     from zoo.jobs.joblist import load, parse_duration, selected
     from zoo.registry import open_registry
 
+    on = _one_of("--executor", executor, "local ray")
     listed, tolerance = load(path)
     settings = running.Settings(
         max_parallel=max_parallel,
@@ -945,13 +958,14 @@ def run_jobs(
         keep_going=keep_going,
         patience_s=parse_duration("--patience", patience),
     )
-    with running.stop_on_signals() as stop:
+    # Standard output is the summary's; Ray says things there.
+    with redirect_stdout(sys.stderr), running.stop_on_signals() as stop:
         done = running.run_jobs(
             selected(listed, only),
             tolerance,
             open_registry(registry),
             Store(store.expanduser()),
-            Local(),
+            _on_ray(address) if on == "ray" else Local(),
             settings,
             stop,
             now=now,
@@ -967,6 +981,16 @@ def run_jobs(
         raise typer.Exit(INTERRUPTED)
     if not done.ok:
         raise typer.Exit(FAILED)
+
+
+def _on_ray(address: str | None) -> Executor:
+    try:
+        from pipelines.ray_executor import OnRay
+    except ImportError as error:
+        raise UsageError(
+            "--executor ray needs Ray", saw=str(error), try_="pip install 'sparse-zoo[ray]'"
+        ) from error
+    return OnRay(address)
 
 
 @jobs.command("metrics")

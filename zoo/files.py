@@ -131,7 +131,7 @@ class Store:
 
     def sums(self, key: str) -> Path:
         """The file that says what the finished output of `key` holds: path -> [size, sha256]."""
-        return self.path(key).with_name(f"{key}.json")
+        return self.root / "sums" / key[:2] / f"{key}.json"
 
     def damage(self, key: str) -> list[str]:
         """The files of a finished output that are not what was written: changed, missing, or others."""
@@ -203,7 +203,9 @@ class Store:
                     if path.is_file():  # safetensors makes files private; and a finished output never changes
                         path.chmod(0o444)
                     _fsync(path)
-                self.discard(key)  # what may be there is damaged, or `get` had found it
+                final.parent.mkdir(parents=True, exist_ok=True)
+                if final.exists():  # damaged, else `get` had found it
+                    self.discard(key)
                 write_json(self.sums(key), file_table(temporary))
                 temporary.replace(final)
                 _fsync(final.parent)

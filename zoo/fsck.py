@@ -48,14 +48,14 @@ class _Found:
 
 def fsck(
     registry: Registry,
-    store: Store,
+    store: Store | None,
     hub_of: Callable[[str], Hub] | None = None,
     *,
     repair: bool = False,
     render: Callable[[Entry], str] | None = None,
     fetch: Callable[[Entry], None] | None = None,
 ) -> list[Finding]:
-    """Every inconsistency, repaired where that was asked for and is possible.
+    """Every inconsistency, repaired where that was asked for and is possible. `store` None: not of the store.
 
     `hub_of` connects to an endpoint: with it, publications are checked too. `render` makes a card, `fetch`
     gets an entry's files from where it was published; without them nothing is repaired that way.
@@ -75,7 +75,7 @@ def fsck(
 
 def _checks(
     registry: Registry,
-    store: Store,
+    store: Store | None,
     hub_of: Callable[[str], Hub] | None,
     render: Callable[[Entry], str] | None,
     fetch: Callable[[Entry], None] | None,
@@ -83,14 +83,14 @@ def _checks(
     yield from _database(registry)
     yield from _leases(registry)
     yield from _runs(registry)
-    yield from _half_written(store)
-    yield from _objects(store)
-    entries = list(registry.every())
-    for entry in track(entries, "entries"):
-        yield from _entry_files(entry, store, render, fetch)
-    yield from _strangers(registry, store)
+    if store is not None:
+        yield from _half_written(store)
+        yield from _objects(store)
+        for entry in track(registry.every(), "entries", registry.count()):
+            yield from _entry_files(entry, store, render, fetch)
+        yield from _strangers(registry, store)
     if hub_of is not None:
-        for entry in entries:
+        for entry in track(registry.every(), "published entries", registry.count()):
             yield from _publications(entry, hub_of)
 
 
@@ -209,6 +209,7 @@ def _entry_files(
         yield _Found(_finding("store", f"{entry.id}/{artifact.path}", problem, how), mend)
     if not folder.is_dir():
         return
+    pulled = (folder / MANIFEST).is_symlink()  # by now, perhaps, as a repair
     known = {a.path for a in entry.artifacts} | {CARD, RECORD}
     there = [] if pulled else sorted(p for p in folder.rglob("*") if p.is_file())
     for path in (p.relative_to(folder).as_posix() for p in there):

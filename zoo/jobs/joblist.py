@@ -67,6 +67,14 @@ class Target(Part):
     private: bool = False
 
 
+class Needs(Part):
+    """What a job is to have for itself on a cluster."""
+
+    cpus: float = Field(1.0, gt=0)
+    gpus: float = Field(0.0, ge=0)
+    memory_gb: float | None = Field(None, gt=0)
+
+
 class Group(Part):
     """Jobs that differ in recipe and base model only."""
 
@@ -78,6 +86,7 @@ class Group(Part):
     every: Duration | None = Field(None, description="a stale job waits so long after its last run")
     budget: Duration | None = Field(None, description="a run is stopped, and failed, after this time")
     retries: int = Field(3, ge=0, description="after transient failures")
+    needs: Needs = Needs()
     publish: Target | None = None
 
 
@@ -95,6 +104,7 @@ class Job(Record):
     every_s: float | None
     budget_s: float | None
     retries: int
+    needs: Needs = Needs()
     publish: Target | None
 
 
@@ -166,6 +176,7 @@ def _jobs(group: Group, folder: Path) -> list[Job]:
                     every_s=group.every,
                     budget_s=group.budget,
                     retries=group.retries,
+                    needs=group.needs,
                     publish=group.publish,
                 )
             )

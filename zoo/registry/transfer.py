@@ -116,7 +116,8 @@ def _entry(value: dict[str, Any], where: str) -> Entry:
 def bring_in(entries: Iterable[Entry], registry: Registry, prefer: Prefer | None) -> Transferred:
     """Record entries of elsewhere, all or none.
 
-    Entries of one id that differ go by `prefer`; without it they raise Conflict. Two that differ only in where they were published, or their status by that, become one with all places.
+    Entries of one id that differ go by `prefer`; without it they raise Conflict. Two that differ only in
+    where they were published, or their status by that, become one with all places.
     """
     counts = dict.fromkeys(Transferred.model_fields, 0)
 
