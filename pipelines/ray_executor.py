@@ -2,8 +2,8 @@
 
 The machines share the store and the registry, and have the project installed. Ray places a job where what it
 needs is free. A job whose actor or machine is lost fails transiently, so the scheduler starts it again,
-elsewhere if that machine is gone, and it goes on from its last finished stage. If the scheduler dies, Ray ends its
-actors, and they take their workers along.
+elsewhere if that machine is gone, and it goes on from its last finished stage. If the scheduler dies, Ray
+ends its actors, and they take their workers along.
 """
 
 from __future__ import annotations
