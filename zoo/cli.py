@@ -958,14 +958,16 @@ def run_jobs(
         keep_going=keep_going,
         patience_s=parse_duration("--patience", patience),
     )
-    # Standard output is the summary's; Ray says things there.
+    # Standard output is the summary's, though Ray speaks there; and Ray's handlers of signals come first.
+    with redirect_stdout(sys.stderr):
+        where: Executor = _on_ray(address) if on == "ray" else Local()
     with redirect_stdout(sys.stderr), running.stop_on_signals() as stop:
         done = running.run_jobs(
             selected(listed, only),
             tolerance,
             open_registry(registry),
             Store(store.expanduser()),
-            _on_ray(address) if on == "ray" else Local(),
+            where,
             settings,
             stop,
             now=now,
