@@ -73,7 +73,8 @@ static inline I four(const int8_t *a) {
 // As in kernels_avx2.cpp: which 16 of the pair's 32 columns a quad reads through its table.
 template <int K, int OFF>
 struct Gathered {
-    static constexpr int Q = K / 2, STEP = Q == 2 ? 2 : 1;
+    static constexpr int Q = K / 2;
+    static constexpr int STEP = Q == 2 ? 2 : 1;  // pairs that `run_many` takes at once: two where one has little to do
     static constexpr bool both(int j) { return OFF == 4 && 4 * j < K && 4 * j + 3 >= K; }
     static constexpr int base(int j) { return 4 * j + 3 < K ? 0 : 4 * j >= K ? 16 : OFF == 4 ? 0 : 8; }
 
@@ -301,10 +302,11 @@ static void run_one(const Matrix &m, const Activations &x, int begin, int end, f
 }
 
 // Many tokens: sums stay in `out`, in the first-level cache. BLOCKS row blocks share the loads of activations, and
-// STEP pairs, which share their scales unless `alone`, the loads and stores of the sums.
-template <class Decoder, int STEP, int BLOCKS>
+// Decoder::STEP pairs, which share their scales unless `alone`, the loads and stores of the sums.
+template <class Decoder, int BLOCKS>
 static void run_many(const Matrix &m, const Activations &x, int begin, float *out) {
     using Weights = typename Decoder::Weights;
+    constexpr int STEP = Decoder::STEP;
     static_assert(Decoder::PAIRS == 1 || Decoder::PAIRS % STEP == 0, "a step lies within a chunk, or is several");
     const size_t next_block = size_t(x.tokens) * ROWS;
     std::memset(out, 0, BLOCKS * next_block * sizeof(float));
@@ -381,9 +383,8 @@ static void run_many(const Matrix &m, const Activations &x, int begin, float *ou
 template <class Decoder>
 static void run(const Matrix &m, const Activations &x, int begin, int end, float *out) {
     if (x.tokens == 1) return run_one<Decoder>(m, x, begin, end, out);
-    constexpr int STEP = Decoder::STEP < Decoder::PAIRS || Decoder::PAIRS == 1 ? Decoder::STEP : Decoder::PAIRS;
-    for (; begin + 2 <= end; begin += 2, out += size_t(2) * x.tokens * ROWS) run_many<Decoder, STEP, 2>(m, x, begin, out);
-    if (begin < end) run_many<Decoder, STEP, 1>(m, x, begin, out);
+    for (; begin + 2 <= end; begin += 2, out += size_t(2) * x.tokens * ROWS) run_many<Decoder, 2>(m, x, begin, out);
+    if (begin < end) run_many<Decoder, 1>(m, x, begin, out);
 }
 
 template <int K>
