@@ -20,6 +20,7 @@ def main() -> None:
         st.Page("entry.py", title="Entry", url_path="entry", visibility="hidden"),
         st.Page("compare.py", title="Compare", icon=":material/balance:", url_path="compare"),
         st.Page("runs.py", title="Runs", icon=":material/manufacturing:", url_path="runs"),
+        st.Page("jobs.py", title="Jobs", icon=":material/event_repeat:", url_path="jobs"),
         st.Page("try_it.py", title="Try it", icon=":material/forum:", url_path="try"),
     ]
     page = st.navigation(pages, position="top")

@@ -12,6 +12,7 @@ import streamlit as st
 from app.text import REASON_LIMIT, escape
 from zoo.entry import Measurement, Status
 from zoo.errors import ZooError
+from zoo.logs import redact
 from zoo.registry import Registry, Summary, open_registry
 
 REPOSITORY = Path(__file__).parents[1]
@@ -21,11 +22,24 @@ STATUS_BADGES = {
     "published": ":green-badge[:material/cloud_done: published]",
     "failed": ":red-badge[:material/close: failed]",
 }
+LIVE_S, IDLE_S = 2.0, 10.0  # seconds between looks while something runs, and while nothing does
+LOG_LINES = 30
+RUN_BADGES = {
+    "running": ":blue-badge[:material/progress_activity: running]",
+    "done": ":green-badge[:material/check: done]",
+    "failed": ":red-badge[:material/close: failed]",
+    "interrupted": ":orange-badge[:material/pause: interrupted]",
+}
 
 
 def registry() -> Registry:
     """The registry that ZOO_REGISTRY names, or the repository's own. RegistryError if it cannot be read."""
     return open_registry(os.environ.get("ZOO_REGISTRY") or str(REPOSITORY / "registry.db"), create=False)
+
+
+def store_folder() -> Path:
+    """The folder that ZOO_STORE names, or the one where `zoo run` puts what it makes."""
+    return Path(os.environ.get("ZOO_STORE") or "~/.cache/sparse-zoo").expanduser()
 
 
 @contextmanager
@@ -55,10 +69,10 @@ def _spelt(value: object) -> list[str]:
 
 def show_error(error: ZooError) -> None:
     """What was found, what was expected, and what to try, as the command line says it."""
-    lines = [f"**{escape(error.what, REASON_LIMIT)}**"]
+    lines = [f"**{escape(redact(error.what), REASON_LIMIT)}**"]
     for name, said in (("Found", error.saw), ("Expected", error.expected), ("Try", error.try_)):
         if said:
-            lines.append(f"{name}: {escape(said, REASON_LIMIT)}")
+            lines.append(f"{name}: {escape(redact(said), REASON_LIMIT)}")
     st.error("\n\n".join(lines), icon=":material/error:")
 
 
@@ -99,3 +113,19 @@ def perplexity_of(summary: Summary) -> Measurement | None:
         ),
         None,
     )
+
+
+def duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"
+
+
+def log_tail(path: Path) -> None:
+    """The last lines of a log file."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 200 * LOG_LINES))
+        lines = file.read(400 * LOG_LINES).decode(errors="replace").splitlines()
+    st.code("\n".join(lines[-LOG_LINES:]) or "(empty)", language=None, wrap_lines=True)

@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-import os
 import socket
 from datetime import UTC, datetime
-from pathlib import Path
 
 import psutil
 import streamlit as st
 
-from app.parts import entry_link, kept_view, registry, show_error
+from app.parts import (
+    IDLE_S,
+    LIVE_S,
+    RUN_BADGES,
+    duration,
+    entry_link,
+    kept_view,
+    log_tail,
+    registry,
+    show_error,
+    store_folder,
+)
 from app.text import REASON_LIMIT, code, escape
 from zoo.errors import ZooError
 from zoo.progress import log_path
 from zoo.registry import Run
 
 PER_PAGE = 20
-LIVE_S, IDLE_S = 2.0, 10.0  # seconds between looks while a run is on, and while none is
-LOG_LINES = 30
-STATUSES = ["running", "done", "failed", "interrupted"]
-BADGES = {
-    "running": ":blue-badge[:material/progress_activity: running]",
-    "done": ":green-badge[:material/check: done]",
-    "failed": ":red-badge[:material/close: failed]",
-    "interrupted": ":orange-badge[:material/pause: interrupted]",
-}
 STAGE_BADGES = {
     "done": ":green[✓ done]",
     "cached": ":gray[↺ done before]",
@@ -44,7 +44,7 @@ def page() -> None:
         st.fragment(_wait, run_every=IDLE_S)(0)
         return
     statuses: list[str] = st.pills(
-        "Status", STATUSES, selection_mode="multi", key="state", bind="query-params"
+        "Status", list(RUN_BADGES), selection_mode="multi", key="state", bind="query-params"
     )
     shown = [run for run in runs if not statuses or run.status in statuses]
     if not shown:
@@ -83,7 +83,7 @@ def _run(run: Run, opened: bool) -> None:
     seconds = (ended - run.started).total_seconds()
     with st.container(border=True):
         st.markdown(
-            f"{BADGES[run.status]} **{escape(run.recipe_name)}** · {_duration(seconds)}  \n"
+            f"{RUN_BADGES[run.status]} **{escape(run.recipe_name)}** · {duration(seconds)}  \n"
             f":small[run {run.id}, begun {run.started:%Y-%m-%d %H:%M:%S} UTC on {escape(run.host, 60)}, "
             f"process {run.pid}]"
         )
@@ -107,36 +107,25 @@ def _stages(run: Run, ended: datetime) -> None:
     for stage in run.stages:
         reason = f" {escape(stage.reason, REASON_LIMIT)}" if stage.reason else ""
         lines.append(
-            f"| {escape(stage.name)} | {STAGE_BADGES[stage.status]}{reason} | {_duration(stage.seconds)} |"
+            f"| {escape(stage.name)} | {STAGE_BADGES[stage.status]}{reason} | {duration(stage.seconds)} |"
         )
     if run.status == "running" and not _gone(run):
         spent = (ended - run.started).total_seconds() - sum(stage.seconds for stage in run.stages)
-        lines.append(f"| next | :blue[… at work] | {_duration(max(0.0, spent))} |")
+        lines.append(f"| next | :blue[… at work] | {duration(max(0.0, spent))} |")
     if len(lines) > 2:
         st.markdown("\n".join(lines))
 
 
 def _log(run: Run) -> None:
-    path = log_path(Path(os.environ.get("ZOO_STORE") or "~/.cache/sparse-zoo"), run.id, run.recipe_sha256)
+    path = log_path(store_folder(), run.id, run.recipe_sha256)
     if run.host != socket.gethostname() or not path.is_file():
         st.caption(f"No log here: it lies on {code(run.host, 60)} in the store, where the run took place.")
         return
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - 200 * LOG_LINES))
-        lines = file.read(400 * LOG_LINES).decode(errors="replace").splitlines()
-    st.code("\n".join(lines[-LOG_LINES:]) or "(empty)", language=None, wrap_lines=True)
+    log_tail(path)
 
 
 def _gone(run: Run) -> bool:
     return run.host == socket.gethostname() and not psutil.pid_exists(run.pid)
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"
 
 
 with kept_view("runs.py", {"state", "sheet"}):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import time
 from collections.abc import Iterator
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import streamlit as st
 
-from app.parts import entry_link, kept_view, show_error
+from app.parts import entry_link, kept_view, show_error, store_folder
 from app.text import code, escape_lines, plain
 from zoo.errors import ZooError
 
@@ -26,7 +25,7 @@ def page() -> None:
     from zoo.runner.packed import FILE
 
     st.title("Try it")
-    store = Path(os.environ.get("ZOO_STORE") or "~/.cache/sparse-zoo").expanduser()
+    store = store_folder()
     local = sorted(
         {path.relative_to(store / "entries").parts[0] for path in store.glob(f"entries/*/**/{FILE}")}
     )

@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -20,11 +20,14 @@ import psutil
 import torch
 from torch import Tensor
 
+from pipelines import shards
+from pipelines.shards import Work
 from pipelines.text import Ids, Text
 from zoo import __version__
 from zoo.entry import Measurement
 from zoo.errors import FormatError, NumericsError, SourceError, ZooError
-from zoo.progress import track
+from zoo.files import Store
+from zoo.progress import counting, track
 
 HARNESS = f"zoo {__version__}"
 BATCH_TOKENS = 2048  # per forward pass: a CPU is busy with these, and a 7B's activations stay small
@@ -79,9 +82,26 @@ def perplexity(model: Any, ids: Ids, *, text: Text, subject: Subject) -> list[Me
     Windows do not see each other and the first token of each is not predicted. The standard error is that of
     the mean over windows, carried through exp (delta method).
     """
-    head = model.get_output_embeddings()
-    states = _hidden_states(model, ids, f"perplexity on {text.name}")
-    nll = np.array([_negative_log_likelihood(head, hidden[:-1], window[1:]) for window, hidden in states])
+    losses = list(mean_losses(model, track(batches(ids), f"perplexity on {text.name}")))
+    return perplexity_of(losses, ids, text=text, subject=subject, dtype=_dtype(model))
+
+
+def perplexity_in_shards(work: Work, ids: Ids, *, text: Text, subject: Subject) -> list[Measurement]:
+    """The very same of a model folder, by as many processes as `work` says; what is done survives a kill."""
+    size = _batch_size(ids)
+    requests = [[window.tolist()] for window in ids]
+    # Cut between batches, so that the batches are those of one process, and so every bit.
+    cut = shards.shards("windows", requests, [number // size for number in range(len(ids))])
+    with counting(f"perplexity on {text.name}", len(ids)) as tell:
+        found = shards.answered(work.model_copy(update={"shards": cut}), tell)
+    return perplexity_of(found.answers, ids, text=text, subject=subject, dtype=found.dtype)
+
+
+def perplexity_of(
+    losses: Sequence[float], ids: Ids, *, text: Text, subject: Subject, dtype: str
+) -> list[Measurement]:
+    """The figure from each window's mean negative log-likelihood in nats."""
+    nll = np.array(losses)
     value = float(np.exp(nll.mean()))
     error = _stderr(nll)
     return [
@@ -93,9 +113,16 @@ def perplexity(model: Any, ids: Ids, *, text: Text, subject: Subject) -> list[Me
             ids=ids,
             text=text,
             subject=subject,
-            model=model,
+            dtype=dtype,
         )
     ]
+
+
+def mean_losses(model: Any, batches: Iterable[Ids]) -> Iterator[float]:
+    """Mean negative log-likelihood in nats of each window (length,) of batches (windows, length)."""
+    head = model.get_output_embeddings()
+    for window, hidden in _hidden_states(model, batches):
+        yield _negative_log_likelihood(head, hidden[:-1], window[1:])
 
 
 def fidelity(base: Path, folder: Path, ids: Ids, *, text: Text) -> list[Measurement]:
@@ -107,7 +134,8 @@ def fidelity(base: Path, folder: Path, ids: Ids, *, text: Text) -> list[Measurem
     """
     with _loaded(base) as model:
         base_head = model.get_output_embeddings()
-        base_states = [hidden for _, hidden in _hidden_states(model, ids, f"base on {text.name}")]
+        states = _hidden_states(model, track(batches(ids), f"base on {text.name}"))
+        base_states = [hidden for _, hidden in states]
     with _loaded(folder) as model:
         head = model.get_output_embeddings()
         if head.weight.shape[0] != base_head.weight.shape[0]:
@@ -116,13 +144,13 @@ def fidelity(base: Path, folder: Path, ids: Ids, *, text: Text) -> list[Measurem
                 saw=f"{head.weight.shape[0]} tokens in {folder.name}",
                 expected=f"{base_head.weight.shape[0]} as in {base.name}",
             )
-        states = _hidden_states(model, ids, f"fidelity on {text.name}")
+        states = _hidden_states(model, track(batches(ids), f"fidelity on {text.name}"))
         pairs = [
             _compare(base_head, reference, head, hidden)
             for reference, (_, hidden) in zip(base_states, states, strict=True)
         ]
         divergence, agreement = np.array(pairs).T
-        common: dict[str, Any] = {"ids": ids, "text": text, "subject": "entry", "model": model}
+        common: dict[str, Any] = {"ids": ids, "text": text, "subject": "entry", "dtype": _dtype(model)}
         return [
             _measurement(
                 metric="kl_divergence",
@@ -143,32 +171,24 @@ def fidelity(base: Path, folder: Path, ids: Ids, *, text: Text) -> list[Measurem
 
 
 def lm_eval_tasks(
-    folder: Path,
+    model: Path,
     tasks: list[str],
     *,
     subject: Subject,
     few_shot: int | None = None,
     limit: int | None = None,
     data: Path | None = None,
-    batch_size: int | None = None,
+    work: Work | None = None,
 ) -> list[Measurement]:
-    """Run lm-eval's `tasks` (and `zoo_choice`, which is ours) on the model in `folder`.
+    """Run lm-eval's `tasks` (and `zoo_choice`, which is ours) on a model: a folder, a GGUF or a packed file.
 
     `few_shot` None means as the task says; `limit` is of questions per task (per subtask of a group); `data`
-    is a folder laid out like the Hub, used instead of it; `batch_size` None means what fits in 1 GiB of
-    logits. A group yields its aggregate. lm-eval runs in a process of its own, because data sets are found
-    through the working directory and offline mode is fixed at import.
+    is a folder laid out like the Hub, used instead of it; `work` says which processes answer and where their
+    answers are kept, None: one, and nowhere. A group yields its aggregate. lm-eval runs in a process of its
+    own, because data sets are found through the working directory and offline mode is fixed at import.
     """
     if data is not None and not data.is_dir():
         raise ZooError(f"there is no folder {data} to take data sets from", expected="org/name folders in it")
-    request = {
-        "folder": str(folder.absolute()),
-        "tasks": tasks,
-        "subject": subject,
-        "few_shot": few_shot,
-        "limit": limit,
-        "batch_size": batch_size,
-    }
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
         "TOKENIZERS_PARALLELISM": "false",
@@ -176,6 +196,14 @@ def lm_eval_tasks(
     if data is not None:
         environment |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     with tempfile.TemporaryDirectory() as scratch:
+        work = work or shards.work_on(model, "", Store(Path(scratch, "store")), workers=1)
+        request = {
+            "work": work.model_dump(mode="json"),
+            "tasks": tasks,
+            "subject": subject,
+            "few_shot": few_shot,
+            "limit": limit,
+        }
         asked, answered, log = (Path(scratch, name) for name in ("request.json", "answer.json", "log"))
         asked.write_text(json.dumps(request))
         # -P: the working directory, full of folders with other people's names, must not be imported from.
@@ -209,7 +237,8 @@ def last_line(error: BaseException) -> str:
 
 def _out_of_memory(doing: str) -> ZooError:
     return ZooError(
-        f"memory ran out on {doing}", try_="a smaller batch_size, or shorter or fewer windows, or more memory"
+        f"memory ran out on {doing}",
+        try_="evaluation.workers=1, shorter windows, fewer few-shot examples, or more memory",
     )
 
 
@@ -232,21 +261,35 @@ def _loaded(folder: Path) -> Iterator[Any]:
         gc.collect()
 
 
-def _hidden_states(model: Any, ids: Ids, title: str) -> Iterator[tuple[Tensor, Tensor]]:
+def _batch_size(ids: Ids) -> int:
+    length: int = ids.shape[1]
+    return max(1, BATCH_TOKENS // length)
+
+
+def batches(ids: Ids) -> list[Ids]:
+    """Windows (windows, length) in as many at a time as one forward pass takes."""
+    size = _batch_size(ids)
+    return [ids[start : start + size] for start in range(0, len(ids), size)]
+
+
+def _hidden_states(model: Any, batches: Iterable[Ids]) -> Iterator[tuple[Tensor, Tensor]]:
     """Per window: its tokens (length,) and the input of the head (length, hidden)."""
-    windows, length = ids.shape
-    size = max(1, BATCH_TOKENS // length)
-    tokens = torch.from_numpy(ids)
     with torch.inference_mode():
-        for start in track(range(0, windows, size), title):
-            batch = tokens[start : start + size].to(model.device)
+        start = 0
+        for windows in batches:
+            batch = torch.from_numpy(windows).to(model.device)
             hidden = model.base_model(batch, use_cache=False).last_hidden_state
             if not hidden.isfinite().all():
                 raise NumericsError(
                     f"the hidden states of {model.name_or_path} are not finite",
                     saw=f"NaN or infinity in windows {start} to {start + len(batch) - 1}",
                 )
+            start += len(batch)
             yield from zip(batch, hidden, strict=True)
+
+
+def _dtype(model: Any) -> str:
+    return str(model.dtype).removeprefix("torch.")
 
 
 def _positions(length: int) -> Iterator[slice]:
@@ -286,7 +329,7 @@ def _stderr(per_window: Values) -> float | None:
     return float(per_window.std(ddof=1) / np.sqrt(len(per_window)))
 
 
-def _measurement(*, ids: Ids, text: Text, model: Any, **fields: Any) -> Measurement:
+def _measurement(*, ids: Ids, text: Text, **fields: Any) -> Measurement:
     windows, length = ids.shape
     return Measurement(
         task=text.name,
@@ -296,6 +339,5 @@ def _measurement(*, ids: Ids, text: Text, model: Any, **fields: Any) -> Measurem
         samples=windows,
         sample_unit="windows",
         harness=HARNESS,
-        dtype=str(model.dtype).removeprefix("torch."),
         **fields,
     )

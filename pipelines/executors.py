@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Protocol
@@ -50,7 +50,8 @@ class Local:
 
     module: str = "pipelines.worker"
 
-    def start(self, task: Task, log: Path, tell: Callable[[str], None]) -> Handle:
+    def start(self, task: Task, log: Path | None, tell: Callable[[str], None]) -> Handle:
+        """As of any executor; without `log`, there is no such file."""
         return LocalHandle(self.module, task, log, tell)
 
     def close(self) -> None:
@@ -58,7 +59,7 @@ class Local:
 
 
 class LocalHandle:
-    def __init__(self, module: str, task: Task, log: Path, tell: Callable[[str], None]) -> None:
+    def __init__(self, module: str, task: Task, log: Path | None, tell: Callable[[str], None]) -> None:
         self._stopped: float | None = None
         self._answer = ""
         self._process = subprocess.Popen(
@@ -132,25 +133,21 @@ def _inherited() -> list[str]:
     return [path for path in [os.environ.get("PYTHONPATH")] if path]
 
 
-def _follow(pipe: IO[str], log: Path, tell: Callable[[str], None]) -> None:
-    """Pass on what a worker says, until it ends. A full disk keeps it from the file only."""
-    with ExitStack() as opened:
-        file = None
-        with suppress(OSError):
-            log.parent.mkdir(parents=True, exist_ok=True)
-            file = log.open("a", encoding="utf-8", errors="replace")
-            opened.callback(_close, file)
-        for line in pipe:
-            said = logs.redact(line.rstrip("\n"))
-            tell(said)
-            if file is not None:
-                with suppress(OSError):
-                    print(said, file=file, flush=True)
+def _follow(pipe: IO[str], log: Path | None, tell: Callable[[str], None]) -> None:
+    """Pass on what a worker says, until it ends."""
+    for line in pipe:
+        said = logs.redact(line.rstrip("\n"))
+        tell(said)
+        if log is not None:
+            append(log, said)
 
 
-def _close(file: IO[str]) -> None:
+def append(log: Path, line: str) -> None:
+    """Add a line to a log. A full disk loses that line, and nothing else."""
     with suppress(OSError):
-        file.close()
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("a", encoding="utf-8", errors="replace") as file:
+            print(line, file=file)
 
 
 def is_event(line: str) -> bool:

@@ -20,18 +20,18 @@ from typing import Any, TextIO
 import datasets
 import lm_eval
 import torch
-from lm_eval.models import huggingface
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 
-from pipelines.evaluate import last_line, load_model
+from pipelines import shards
+from pipelines.evaluate import last_line
+from pipelines.shards import Kind, Work
 from zoo.entry import Direction, Measurement
 from zoo.errors import ZooError
 from zoo.files import sha256_file, sha256_json, sha256_tree
 
 TASKS = Path(__file__).parent / "tasks"
-CONTEXT = 4096  # tokens at most, so that one sequence's logits stay below 1 GiB
-LOGITS_BYTES = 1 << 30
-MAX_BATCH = 32
 SEEDS = {"random_seed": 0, "numpy_random_seed": 1234, "torch_random_seed": 1234, "fewshot_random_seed": 1234}
 BOOTSTRAP = 1000  # resamples for the standard error of metrics that are not means
 METRICS = {"acc": "accuracy", "acc_norm": "accuracy_norm"}  # others keep lm-eval's name
@@ -39,41 +39,61 @@ UNITS = {"bits_per_byte": "bits/byte"}
 LOWER_IS_BETTER = {"perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "brier_score"}
 
 
-class Model(huggingface.HFLM):  # type: ignore[misc]
-    """lm-eval's model, its batches as large as the logits may be; lm-eval itself tries until memory ends."""
+class Answered(LM):  # type: ignore[misc]
+    """A model of lm-eval whose answers come from `pipelines.shards`, from whatever process or machine."""
 
-    def _detect_batch_size(self, requests: Any = None, pos: int = 0) -> int:
-        length = len(requests[pos][1]) + len(requests[pos][2]) if requests else self.max_length
-        # float32 logits and their log-softmax
-        per_sequence: int = 8 * min(length, self.max_length) * self.model.config.vocab_size
-        return max(1, min(MAX_BATCH, LOGITS_BYTES // per_sequence))
+    def __init__(self, work: Work) -> None:
+        super().__init__()
+        self._work = work
+        self.title = ""
+        self.progress: TextIO = sys.stderr
+        self.context_length = 0
+        self.dtype = ""
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        return [(value, greedy) for value, greedy in self._ask("loglikelihood", requests)]
+
+    def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
+        return self._ask("loglikelihood_rolling", requests)
+
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        return self._ask("generate_until", requests)
+
+    def _ask(self, kind: Kind, requests: list[Instance]) -> list[Any]:
+        documents = [(request.task_name, request.doc_id) for request in requests]
+        cut = shards.shards(kind, [request.args for request in requests], documents)
+        left = len(requests)
+
+        def tell(count: int) -> None:
+            nonlocal left  # a shard that is done twice is counted once
+            self.progress.write("\n" * min(count, left))
+            self.progress.flush()
+            left -= min(count, left)
+
+        print(json.dumps([self.title, left]), file=self.progress, flush=True)
+        found = shards.answered(self._work.model_copy(update={"shards": cut}), tell)
+        tell(left)
+        self.context_length, self.dtype = found.context_length, found.dtype
+        return found.answers
 
 
 def evaluate(request: Mapping[str, Any], progress: TextIO) -> list[Measurement]:
-    """Measurements of every requested task. Tasks and their data are loaded before the model."""
+    """Measurements of every requested task. Tasks and their data are loaded before any model."""
     manager = _manager(request["tasks"])
     tasks = {name: _load(manager, name) for name in request["tasks"]}
-    model, tokenizer = load_model(Path(request["folder"]))
-    config = model.config
-    longest = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
-    lm = Model(
-        pretrained=model,
-        tokenizer=tokenizer,
-        batch_size=request["batch_size"] or "auto",
-        max_length=min(CONTEXT, longest or CONTEXT),
-    )
+    lm = Answered(Work.model_validate(request["work"]))
+    lm.progress = progress
     measurements = []
-    for name, loaded in tasks.items():
-        huggingface.tqdm = _bar(name, progress)
-        results = _run(lm, manager, name, loaded, request["few_shot"], request["limit"])
+    for lm.title, loaded in tasks.items():
+        results = _run(lm, manager, lm.title, loaded, request["few_shot"], request["limit"])
         common = {
             "subject": request["subject"],
             "limit": request["limit"],
-            "context_length": lm.max_length,
+            "context_length": lm.context_length,
             "harness": f"lm-eval {lm_eval.__version__}",
-            "dtype": str(model.dtype).removeprefix("torch."),
+            "dtype": lm.dtype,
         }
-        measurements += list(_measurements(results, name, loaded, common))
+        measurements += list(_measurements(results, lm.title, loaded, common))
     return measurements
 
 
@@ -109,7 +129,7 @@ def _load(manager: TaskManager, name: str) -> dict[str, Any]:
 
 
 def _run(
-    lm: Model,
+    lm: LM,
     manager: TaskManager,
     name: str,
     loaded: Mapping[str, Any],
@@ -128,11 +148,13 @@ def _run(
             log_samples=False,
             **SEEDS,
         )
+    except ZooError:
+        raise
     except Exception as error:
         traceback.print_exc()
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error):
             raise ZooError(
-                f"memory ran out on task {name}", try_="a smaller batch_size, or fewer few-shot examples"
+                f"memory ran out on task {name}", try_="evaluation.workers=1, or fewer few-shot examples"
             ) from error
         raise ZooError(f"task {name} failed in lm-eval", saw=last_line(error)) from error
     return dict(results)
@@ -202,32 +224,6 @@ def _data_revision(task: Any) -> str | None:
 @cache
 def _folder_revision(folder: str) -> str:
     return sha256_tree(Path(folder))
-
-
-def _bar(title: str, progress: TextIO) -> type:
-    """A stand-in for tqdm that tells `evaluate._relay` what it would have drawn."""
-
-    class Bar:
-        def __init__(self, items: Iterable[Any] = (), total: int | None = None, **_: Any) -> None:
-            self.items = list(items)
-            self.left = len(self.items) if total is None else total
-            print(json.dumps([title, self.left]), file=progress, flush=True)
-
-        def __iter__(self) -> Iterator[Any]:
-            for item in self.items:
-                yield item
-                self.update(1)
-            self.close()
-
-        def update(self, count: int = 1) -> None:
-            for _ in range(min(count, self.left)):
-                print(file=progress, flush=True)
-            self.left = max(0, self.left - count)
-
-        def close(self) -> None:
-            self.update(self.left)  # the reader waits for as many as were announced
-
-    return Bar
 
 
 def main(asked: Path, answered: Path) -> None:

@@ -21,7 +21,7 @@ from pipelines import sources, verify
 from pipelines.export_gguf import TYPES
 from pipelines.families import Family, family_of
 from pipelines.keys import EXPORT_CODE, library_versions, stage_key
-from pipelines.run import Run, artifacts_of, failure_of, link_or_copy, place
+from pipelines.run import Run, artifacts_of, failure_of, first_line, link_or_copy, place
 from zoo import __version__, importing
 from zoo.analyze import Analysis, analyze
 from zoo.entry import Artifact, Entry, Verification
@@ -62,9 +62,8 @@ def import_model(
         entry = _import(published, name, base, threads, Run(store, registry, run_id))
         registry.put(entry)
     except BaseException as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         status: RunStatus = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-        registry.finish_run(run_id, status, failure=reason)
+        registry.finish_run(run_id, status, failure=first_line(error))
         raise
     registry.finish_run(run_id, "done" if entry.status == "verified" else "failed", entry.id, entry.failure)
     return entry

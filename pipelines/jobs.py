@@ -27,10 +27,11 @@ from zoo.jobs.joblist import Job, Target, Tolerance
 from zoo.jobs.plan import Facts, Planned, planned
 from zoo.jobs.summary import JobResult, JobsSummary, deltas, figures
 from zoo.jobs.transient import transient
-from zoo.progress import say
+from zoo.progress import job_log_path, say
 from zoo.registry import Registry
 from zoo.registry.job_runs import Figure, JobRun, JobStatus, finish, history, start
 from zoo.registry.leases import Heartbeat, Lease, LeaseLost, Seen, Watch, held, this_process
+from zoo.shared_store import SharedStore
 
 TICK_S = 0.05
 FIRST_BACKOFF_S = 1.0  # doubled for every attempt
@@ -69,11 +70,11 @@ def _facts(
     now = datetime.now(UTC)
 
     def sha256_of(source: str) -> str | None:
-        return _peek(source, peeked).sha256
+        return _peek(source, peeked, store).sha256
 
     try:
         recipe = load(Path(job.recipe), job.overrides)
-        base = _peek(recipe.base, peeked)
+        base = _peek(recipe.base, peeked, store)
         known = entry is not None and entry.base_revision == base.revision and base.revision != "local"
         sha256 = base.sha256 or (entry.base_sha256 if entry is not None and known else None)
         return Facts(
@@ -95,10 +96,10 @@ def _facts(
         return Facts(problem=logs.redact(reason), entry=entry, now=now, holder=holder)
 
 
-def _peek(source: str, peeked: dict[str, sources.Version | ZooError]) -> sources.Version:
+def _peek(source: str, peeked: dict[str, sources.Version | ZooError], store: Store) -> sources.Version:
     if source not in peeked:
         try:
-            peeked[source] = sources.peek(source)
+            peeked[source] = sources.peek(source, store)
         except ZooError as error:
             peeked[source] = error
     found = peeked[source]
@@ -111,7 +112,10 @@ def _missing(entry: Entry, store: Store) -> list[str]:
     if entry.publications:
         return []  # `zoo pull` has them
     folder = store.root / "entries" / entry.id
-    return [a.path for a in entry.artifacts if not _is_there(folder / a.path, a.size)]
+    missing = [a.path for a in entry.artifacts if not _is_there(folder / a.path, a.size)]
+    if missing and isinstance(store, SharedStore) and store.remote.holds(entry):
+        return []  # `zoo run` brings them
+    return missing
 
 
 def _is_there(path: Path, size: int) -> bool:
@@ -335,10 +339,11 @@ class _Scheduler:
             recipe=str(Path(work.job.recipe).absolute()),
             overrides=work.job.overrides,
             store=str(self.store.root),
+            shared=self.store.remote.url if isinstance(self.store, SharedStore) else None,
             registry=self.registry.url,
             lease_token=work.lease.token,
             lease_holder=work.lease.holder,
-            **work.job.needs.model_dump(),
+            needs=work.job.needs,
         )
         work.handle = self.executor.start(task, self._log(work), lambda line: _tell(name, line))
 
@@ -445,7 +450,7 @@ class _Scheduler:
         )
 
     def _log(self, work: _Work) -> Path:
-        return self.store.root / "jobs" / f"{work.job.name}-{work.lease.token if work.lease else 0}.log"
+        return job_log_path(self.store.root, work.job.name, work.lease.token if work.lease else 0)
 
     def _patiently(self, ask: Callable[[], T]) -> T:
         """Ask the registry; again for a while if the connection is lost."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipelines import text
-from pipelines.recipe import Evaluation, Passage, Prune, Quantize, Recipe, Recover
+from pipelines.recipe import Evaluation, Packed, Passage, Prune, Quantize, Recipe, Recover
 from zoo import __version__
 from zoo.files import sha256_file, sha256_json, sha256_tree
 
@@ -25,9 +25,10 @@ LIBRARIES = (
 SOLVER_CODE = ("compress", "solve", "masks", "grids", "layers", "allocate", "checkpoint", "families")
 RECOVER_CODE = (
     "recover/train", "recover/losses", "recover/masks", "recover/prune", "recover/rounding", "recover/shards",
-    "recover/student", "recover/write", "recover/data", "recover/tokens", "recover/skill", *SOLVER_CODE,
+    "recover/student", "recover/write", "recover/data", "recover/tokens", "recover/skill", "recover/resample", *SOLVER_CODE,
 )  # fmt: skip
-EVALUATION_CODE = ("evaluate", "harness", "text")
+ANSWERS_CODE = ("shards", "lm", "zoo_gguf", "zoo_sparse", "evaluate")
+EVALUATION_CODE = ("harness", "text", *ANSWERS_CODE)
 TASKS = Path(__file__).parent / "tasks"
 PACK_CODE = tuple(
     f"../zoo/{name}"
@@ -84,7 +85,7 @@ def calibration(recipe: Recipe, base_sha256: str) -> str:
     setting = recipe.calibration
     revision = None if setting.source == "self" else text_revision(setting.source, setting.column)
     return stage_key(
-        "calibrate", setting.model_dump(), base_sha256, revision, code=("calibrate", *EVALUATION_CODE)
+        "calibrate", setting.model_dump(), base_sha256, revision, code=("calibrate", "evaluate", "text")
     )
 
 
@@ -118,6 +119,14 @@ def tasks(
         "tasks", subject, model, names, few_shot, limit, str(data or ""), sha256_tree(TASKS),
         code=EVALUATION_CODE,
     )  # fmt: skip
+
+
+def pack(model: str) -> str:
+    return stage_key("pack", model, code=PACK_CODE)
+
+
+def packs(recipe: Recipe) -> bool:
+    return any(isinstance(export, Packed) for export in recipe.exports)
 
 
 def fidelity(passage: Passage, base_sha256: str, model: str) -> str:
@@ -161,13 +170,19 @@ def expected(
         found.append((step_name(number, step), model))
     setting = recipe.evaluation
     data = None if setting.data is None else text.expand(setting.data)
-    subjects: tuple[tuple[Subject, str], ...] = (("base", base_sha256), ("entry", model))
-    for subject, key in subjects:
+    if packs(recipe):
+        found.append(("pack", pack(model)))
+    asked = pack(model) if packs(recipe) else model
+    subjects: tuple[tuple[Subject, str, str], ...] = (
+        ("base", base_sha256, base_sha256),
+        ("entry", model, asked),
+    )
+    for subject, key, of_tasks in subjects:
         for passage in setting.perplexity:
             found += [(f"perplexity of the {subject}", perplexity(passage, subject, key))]
         for (few_shot, limit), names in by_protocol(setting).items():
             name = f"{', '.join(names)} of the {subject}"
-            found.append((name, tasks(names, few_shot, limit, data, subject, key)))
+            found.append((name, tasks(names, few_shot, limit, data, subject, of_tasks)))
     if setting.fidelity is not None:
         found.append(("fidelity to the base", fidelity(setting.fidelity, base_sha256, model)))
     found.append(("export", export(recipe, model)))

@@ -1,14 +1,17 @@
-"""Workers on a Ray cluster: each job is an actor that runs the very worker of `pipelines.executors.Local`.
+"""Workers on a Ray cluster: an actor runs the very worker of `pipelines.executors.Local`.
 
-The machines share the store and the registry, and have the project installed. Ray places a job where what it
-needs is free. A job whose actor or machine is lost fails transiently, so the scheduler starts it again,
-elsewhere if that machine is gone, and it goes on from its last finished stage. If the scheduler dies, Ray
-ends its actors, and they take their workers along.
+The machines share a store and the registry, and have the project installed. A job whose stages all need the
+same is one actor; else it is a chain of them (`pipelines.worker.parts`), each placed where what it needs is
+free, and each going on from what the store has. A job whose actor or machine is lost fails transiently, so
+the scheduler starts it again with the part that was lost, elsewhere if that machine is gone. If the scheduler
+dies, Ray ends its actors, and they take their workers along.
 """
 
 from __future__ import annotations
 
+import os
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,8 +19,8 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
 
-from pipelines.executors import Handle, Local
-from pipelines.worker import Ended, Task
+from pipelines.executors import Handle, Local, append
+from pipelines.worker import GRACE_S, Ended, Task, parts
 from zoo.errors import UsageError
 
 LINES_EVERY_S = 1.0
@@ -44,9 +47,19 @@ class OnRay:
                 try_="ray start --head, on the machine that is to be the head",
             ) from error
         self._module = module
+        self._done: Counter[tuple[str, int]] = Counter()  # parts of each job that are, by its lease
 
     def start(self, task: Task, log: Path, tell: Callable[[str], None]) -> Handle:
-        return RayHandle(self._module, task, log, tell)
+        lease = (task.job, task.lease_token)
+
+        def say(line: str) -> None:
+            tell(line)
+            append(log, line)
+
+        def part_done() -> None:
+            self._done[lease] += 1
+
+        return RayHandle(self._module, parts(task)[self._done[lease] :], say, part_done)
 
     def close(self) -> None:
         ray.shutdown()
@@ -55,9 +68,11 @@ class OnRay:
 class Host:
     """The actor: a worker, on the machine that Ray chose."""
 
-    def __init__(self, module: str, task: str, log: str) -> None:
+    def __init__(self, module: str, task: str) -> None:
+        if not ray.get_gpu_ids():
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""  # those that it did not ask for are others'
         self._lines: list[str] = []
-        self._handle = Local(module).start(Task.model_validate_json(task), Path(log), self._lines.append)
+        self._handle = Local(module).start(_here(Task.model_validate_json(task)), None, self._lines.append)
 
     def wait(self) -> str:
         while (ended := self._handle.poll()) is None:
@@ -74,46 +89,77 @@ class Host:
         self._handle.stop()
 
 
+def _here(task: Task) -> Task:
+    """The task with this machine's own folder; where the folder itself is what machines share, it stays."""
+    own = os.environ.get("ZOO_STORE")
+    return task if task.shared is None or not own else task.model_copy(update={"store": own})
+
+
 class RayHandle:
-    def __init__(self, module: str, task: Task, log: Path, tell: Callable[[str], None]) -> None:
+    """A job: its parts one after the other, each in an actor of its own."""
+
+    def __init__(
+        self, module: str, chain: list[Task], tell: Callable[[str], None], part_done: Callable[[], None]
+    ) -> None:
+        self._module = module
+        self._chain = chain
         self._tell = tell
+        self._part_done = part_done
         self._asked = 0.0
-        self._stopped = False
-        actor: Any = ray.remote(Host).options(
-            num_cpus=task.cpus,
-            num_gpus=task.gpus,
-            memory=None if task.memory_gb is None else int(task.memory_gb * 1e9),
-            max_concurrency=3,  # waiting, asking for lines, stopping
-            max_restarts=0,
-        )
-        self._actor = actor.remote(module, task.model_dump_json(), str(log))
-        self._answer = self._actor.wait.remote()
+        self._stopped: float | None = None  # when it was asked to
+        self._begin(chain.pop(0))
 
     def poll(self) -> Ended | None:
         ready, _ = ray.wait([self._answer], timeout=0)
         if not ready:
-            if time.monotonic() - self._asked > LINES_EVERY_S:
+            if self._stopped is not None and time.monotonic() - self._stopped > GRACE_S:
+                ray.kill(self._actor)  # also one that waits for a machine, and so hears nothing
+            elif time.monotonic() - self._asked > LINES_EVERY_S:
                 self._pass_on(0.2)
             return None
         try:
             ended = Ended.model_validate_json(ray.get(self._answer))
             self._pass_on(5.0)
         except RayError as error:
-            if self._stopped:
+            if self._stopped is not None:
                 return Ended(status="interrupted", failure="stopped")
             reason = "its worker's machine or process on the cluster was lost"
             return Ended(status="failed", transient=isinstance(error, RayActorError), failure=reason)
         ray.kill(self._actor)
-        return ended
+        if ended.status != "done" or not self._chain:
+            return ended
+        self._part_done()
+        if self._stopped is not None:
+            return Ended(status="interrupted", failure="stopped")
+        self._begin(self._chain.pop(0))
+        return None
 
     def stop(self) -> None:
-        if not self._stopped:
-            self._stopped = True
+        if self._stopped is None:
+            self._stopped = time.monotonic()
             self._actor.stop.remote()
 
     def kill(self) -> None:
-        self._stopped = True
+        self._stopped = self._stopped or time.monotonic()
         ray.kill(self._actor)
+
+    def _begin(self, task: Task) -> None:
+        needs = task.needs
+        memory = None if needs.memory_gb is None else int(needs.memory_gb * 1e9)
+        asked = {"CPU": needs.cpus, "GPU": needs.gpus, "memory": memory or 0}
+        machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        if not any(all(has.get(name, 0) >= asked[name] for name in asked) for has in machines):
+            wants = ", ".join(f"{count:g} {name}" for name, count in asked.items() if count)
+            self._tell(f"waits: no machine of the cluster has {wants}")
+        actor: Any = ray.remote(Host).options(
+            num_cpus=needs.cpus,
+            num_gpus=needs.gpus,
+            memory=memory,
+            max_concurrency=3,  # waiting, asking for lines, stopping
+            max_restarts=0,
+        )
+        self._actor = actor.remote(self._module, task.model_dump_json())
+        self._answer = self._actor.wait.remote()
 
     def _pass_on(self, patience_s: float) -> None:
         """Tell what the worker said; an actor that does not run yet is asked again the next time."""

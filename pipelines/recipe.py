@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, Validatio
 
 from zoo.entry import EntryId
 from zoo.errors import RecipeError
+from zoo.logs import line_of_secret
 
 MAX_BYTES = 1 << 18  # of a recipe; a real one has less than 2 KB
 MAX_PROBLEMS = 20  # told at once
@@ -209,6 +210,14 @@ class Skill(Part):
         return self
 
 
+class Resample(Part):
+    """Data augmentation: from the second pass over the text on, some of its tokens are ones that the teacher
+    might have written in their place, so that the student cannot learn the text by heart."""
+
+    fraction: float = Field(0.3, gt=0, lt=1, description="of the tokens of a block")
+    samples: int = Field(4, ge=1, le=16, description="drawn once for every token, to choose from")
+
+
 class Losses(Part):
     """Weights of the losses that training minimises; the cross-entropy is recorded even at weight 0."""
 
@@ -312,6 +321,7 @@ class Recover(Part):
     kind: Literal["recover"]
     data: list[TrainingText] = []
     skills: list[Skill] = []
+    resample: Resample | None = Field(None, description="augment the text; null: train on it as it is")
     teacher: str | None = Field(None, description="a model as in `base`; null: the base")
     budget: Budget
     losses: Losses = Losses()
@@ -370,6 +380,9 @@ class Evaluation(Part):
     fidelity: Passage | None = Passage(windows=8)
     tasks: list[Task] = [Task(name="zoo_choice")]
     data: str | None = Field(None, description="a folder laid out like the Hub, for tasks without a network")
+    workers: int | None = Field(
+        None, ge=1, description="processes; the figures do not change. null: as cores and memory allow"
+    )
 
 
 class Safetensors(Part):
@@ -427,7 +440,7 @@ class Recipe(Part):
     name: EntryId = Field(description="id of the entry: a valid Hub repository name in lower case")
     base: str = Field(description="hub:org/name@revision, pypi:package, a model folder, or a .gguf file")
     calibration: Calibration = Calibration()
-    steps: list[Step] = Field(min_length=1)
+    steps: list[Step] = Field(description="none: the base itself, converted and measured")
     evaluation: Evaluation = Evaluation()
     exports: list[Export] = [Safetensors(kind="safetensors"), Gguf(kind="gguf", types=["F16", "Q8_0"])]
     verification: VerifyWith = VerifyWith()
@@ -444,8 +457,8 @@ class Recipe(Part):
         return self
 
     def to_yaml(self) -> str:
-        """The resolved recipe, every default spelt out; without `publish`, which makes no other model."""
-        said = self.model_dump(mode="json", exclude={"publish"})
+        """The resolved recipe, every default spelt out; without what makes no other entry."""
+        said = self.model_dump(mode="json", exclude={"publish": True, "evaluation": {"workers"}})
         text: str = yaml.safe_dump(said, sort_keys=False, allow_unicode=True)
         return text
 
@@ -472,6 +485,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         ) from error
     if len(raw) > MAX_BYTES:
         raise RecipeError(f"{path} is too large for a recipe", expected=f"at most {MAX_BYTES} bytes")
+    _refuse_secrets(path, text, overrides)
     try:
         tree, data = _parse(text)
     except _NOT_YAML as error:
@@ -492,6 +506,18 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
             f"{path} is not a valid recipe\n" + "\n".join(problems),
             try_="zoo recipe schema, which prints every key",
         ) from error
+
+
+def _refuse_secrets(path: Path, text: str, overrides: Sequence[str]) -> None:
+    """A recipe is recorded and published as it is; so are the changes to it."""
+    line = line_of_secret(text)
+    changed = next((o.partition("=")[0] for o in overrides if line_of_secret(o)), None)
+    if line is not None or changed is not None:
+        raise RecipeError(
+            f"{path}, line {line} holds a secret" if line else f"--set {changed} holds a secret",
+            expected="no token or key, and no password in a URL: recipes are recorded and published",
+            try_="give it by the environment, e.g. HF_TOKEN",
+        )
 
 
 class _Loader(yaml.SafeLoader):

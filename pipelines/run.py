@@ -19,7 +19,6 @@ from datetime import UTC, datetime
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -34,6 +33,7 @@ from pipelines import (
     keys,
     masks,
     publish,
+    shards,
     sources,
     text,
     verify,
@@ -53,6 +53,7 @@ from pipelines.recipe import (
     Safetensors,
     SparsityPattern,
 )
+from pipelines.recover.resample import alternatives
 from pipelines.recover.tokens import training_tokens
 from pipelines.recover.train import Job, recover, thinned
 from pipelines.recover.write import earlier
@@ -74,6 +75,7 @@ from zoo.progress import log_path, logged, say
 from zoo.registry.registry import Registry, RunStatus
 from zoo.runner import native, packed
 from zoo.runner.pack import pack_folder
+from zoo.shared_store import SharedStore
 
 CARD = "README.md"  # the entry gets its own; that of the base, if it has one, says other things
 
@@ -85,6 +87,7 @@ class Run:
     store: Store
     registry: Registry
     id: int
+    until: str | None = None  # the part of the recipe after which it ends
     stages: list[Stage] = field(default_factory=list)
 
     def stage(self, name: str, key: str, work: Callable[[Path], None]) -> Path:
@@ -111,22 +114,34 @@ class Run:
         self._record(Stage(name=name, key=key, status="done", seconds=seconds))
         return self.store.path(key)
 
+    def reached(self, part: str) -> None:
+        """Say that this part of the recipe is done; raises PartDone if no more is to be."""
+        if part == self.until:
+            raise PartDone(part)
+
     def _record(self, stage: Stage) -> None:
         self.stages.append(stage)
         self.registry.record_stage(self.id, stage)
 
 
-def run(recipe: Recipe, store: Store, registry: Registry) -> Entry:
+class PartDone(Exception):
+    """The part of a recipe that was asked for is in the store."""
+
+
+def run(recipe: Recipe, store: Store, registry: Registry, until: str | None = None) -> Entry:
     """Do all that the recipe says; the entry is in the registry when this returns.
 
     An entry that does not verify comes back, and is recorded, with status "failed" and the reason. Whatever
     else goes wrong is raised, with the run recorded as failed; if only the publishing did, the entry is kept.
+    `until` names the stage of a step (`keys.step_name`), or "evaluate": PartDone is raised after it.
     """
     settle(recipe)
+    if isinstance(store, SharedStore):
+        store.remote.check()
     recipe_yaml = recipe.to_yaml()
     recipe_sha256 = sha256_bytes(recipe_yaml.encode())
     run_id = registry.start_run(recipe.name, recipe_sha256, os.getpid(), socket.gethostname())
-    run_ = Run(store, registry, run_id)
+    run_ = Run(store, registry, run_id, until)
     try:
         with logged(log_path(store.root, run_id, recipe_sha256)):
             entry = _run(recipe, recipe_yaml, recipe_sha256, run_)
@@ -134,6 +149,9 @@ def run(recipe: Recipe, store: Store, registry: Registry) -> Entry:
             registry.put(entry)
             if recipe.publish is not None and entry.status != "failed":
                 entry = publish.publish(entry, recipe.publish, store, registry)
+    except PartDone:
+        registry.finish_run(run_id, "done")
+        raise
     except BaseException as error:
         ended: RunStatus = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
         with suppress(RegistryError):  # if it does not answer, that is not what went wrong here first
@@ -172,8 +190,10 @@ def _run(recipe: Recipe, recipe_yaml: str, recipe_sha256: str, run_: Run) -> Ent
     _check_groups(recipe, base)
     _check_texts(recipe)
     model = _compressed(recipe, base, run_)
-    measurements = _measured(recipe.evaluation, base, model, run_)
-    exports = _exported(recipe, base, model, run_)
+    file = _packed(recipe, model, run_)
+    measurements = _measured(recipe.evaluation, base, model, file, run_)
+    run_.reached("evaluate")
+    exports = _exported(recipe, base, model, file, run_)
     verifications, benchmarks = _verified(recipe, model[0], exports, run_)
     return _entry(
         recipe,
@@ -254,10 +274,14 @@ def _check_texts(recipe: Recipe) -> None:
 
 
 def _compressed(recipe: Recipe, base: sources.Base, run_: Run) -> tuple[Path, str]:
-    """The compressed model folder and its key."""
+    """The compressed model folder and its key. What comes before a step that is in the store is not made."""
     windows = None
     windows_key = keys.calibration(recipe, base.sha256)
-    if windows_key:
+    outputs = steps_keys(recipe, base, windows_key, run_.store)
+    there = [number for number, key in enumerate(outputs, 1) if run_.store.get(key) is not None]
+    last = max(there, default=0)
+    needed = [number for number in range(1, len(outputs) + 1) if number >= last or number in there]
+    if any(recipe.steps[number - 1].calibrated for number in needed):
         folder = run_.stage(
             "calibrate",
             windows_key,
@@ -266,17 +290,30 @@ def _compressed(recipe: Recipe, base: sources.Base, run_: Run) -> tuple[Path, st
         windows = calibrate.load_windows(folder)
     model, key = base.folder, base.sha256
     for number, step in enumerate(recipe.steps, 1):
-        if isinstance(step, Recover):
+        if number not in needed:
+            key = outputs[number - 1]
+        elif isinstance(step, Recover):
             model, key = _recovered(step, number, (model, key), base, run_)
-            continue
-        key = keys.compression(step, key, windows_key)
-        source = model
-
-        def work(out: Path, step: Any = step, source: Path = source) -> None:
-            compress.run_step(step, source, out, windows)
-
-        model = run_.stage(keys.step_name(number, step), key, work)
+        else:
+            key = keys.compression(step, key, windows_key)
+            work = partial(compress.run_step, step, model, windows=windows)
+            model = run_.stage(keys.step_name(number, step), key, work)
+        run_.reached(keys.step_name(number, step))
     return model, key
+
+
+def steps_keys(recipe: Recipe, base: sources.Base, windows_key: str, store: Store) -> list[str]:
+    """The key of each step's output."""
+    found = []
+    key = base.sha256
+    for step in recipe.steps:
+        if isinstance(step, Recover):
+            teacher = base if step.teacher is None else sources.resolve(step.teacher, store)
+            key = keys.recovery(step, key, teacher.sha256)
+        else:
+            key = keys.compression(step, key, windows_key)
+        found.append(key)
+    return found
 
 
 def _recovered(
@@ -290,45 +327,68 @@ def _recovered(
 
     def work(out: Path) -> None:
         tokens = training_tokens(step, folder, teacher.folder, teacher.sha256, run_.store)
-        recover(Job(step=step, student=folder, teacher=teacher.folder, tokens=tokens, out=out, state=state))
+        others = alternatives(step, tokens, teacher.folder, teacher.sha256, run_.store)
+        recover(Job(step=step, student=folder, teacher=teacher.folder, tokens=tokens, alternatives=others,
+                    out=out, state=state))  # fmt: skip
 
     trained = run_.stage(keys.step_name(number, step), key, work)
     shutil.rmtree(state, ignore_errors=True)
     return trained, key
 
 
+def _packed(recipe: Recipe, model: tuple[Path, str], run_: Run) -> tuple[Path, str] | None:
+    """The packed file and its key, if the entry is to have one."""
+    if not keys.packs(recipe):
+        return None
+    folder, key = model
+
+    def work(out: Path) -> None:
+        pack_folder(folder, out / packed.FILE)
+
+    return run_.stage("pack", keys.pack(key), work) / packed.FILE, keys.pack(key)
+
+
 def _measured(
-    setting: Evaluation, base: sources.Base, model: tuple[Path, str], run_: Run
+    setting: Evaluation,
+    base: sources.Base,
+    model: tuple[Path, str],
+    file: tuple[Path, str] | None,
+    run_: Run,
 ) -> list[Measurement]:
-    """The figures of the base, cached for all entries of it, and of the entry."""
+    """The figures of the base, cached for all entries of it, and of the entry.
+
+    The packed file, if there is one, answers the tasks: they are asked of the very bytes that are shipped.
+    """
     found: list[Measurement] = []
     folder, key = model
-    subjects: Sequence[tuple[evaluate.Subject, Path, str]] = (
-        ("base", base.folder, base.sha256),
-        ("entry", folder, key),
+    subjects: Sequence[tuple[evaluate.Subject, tuple[Path, str], tuple[Path, str]]] = (
+        ("base", (base.folder, base.sha256), (base.folder, base.sha256)),
+        ("entry", model, file or model),
     )
     data = None if setting.data is None else text.expand(setting.data)
-    for subject, where, subject_key in subjects:
+    for subject, (where, subject_key), (answering, answering_key) in subjects:
+        work = shards.work_on(where, subject_key, run_.store, setting.workers)
         for passage in setting.perplexity:
             found += _stage_of_measurements(
                 run_,
                 f"perplexity of the {subject}",
                 keys.perplexity(passage, subject, subject_key),
-                partial(_perplexity, where, passage, subject),
+                partial(_perplexity, work, passage, subject),
             )
         for (few_shot, limit), names in keys.by_protocol(setting).items():
             found += _stage_of_measurements(
                 run_,
                 f"{', '.join(names)} of the {subject}",
-                keys.tasks(names, few_shot, limit, data, subject, subject_key),
+                keys.tasks(names, few_shot, limit, data, subject, answering_key),
                 partial(
                     evaluate.lm_eval_tasks,
-                    where,
+                    answering,
                     names,
                     subject=subject,
                     few_shot=few_shot,
                     limit=limit,
                     data=data,
+                    work=shards.work_on(answering, answering_key, run_.store, setting.workers),
                 ),
             )
     if setting.fidelity is not None:
@@ -349,10 +409,9 @@ def _read_passage(folder: Path, passage: Passage) -> tuple[text.Ids, text.Text]:
     return text.windows(text.token_ids(tokenizer, words), passage.windows, passage.length), words
 
 
-def _perplexity(folder: Path, passage: Passage, subject: evaluate.Subject) -> list[Measurement]:
-    ids, words = _read_passage(folder, passage)
-    model, _ = evaluate.load_model(folder)
-    return evaluate.perplexity(model, ids, text=words, subject=subject)
+def _perplexity(work: shards.Work, passage: Passage, subject: evaluate.Subject) -> list[Measurement]:
+    ids, words = _read_passage(work.model, passage)
+    return evaluate.perplexity_in_shards(work, ids, text=words, subject=subject)
 
 
 def _fidelity(base: Path, folder: Path, passage: Passage) -> list[Measurement]:
@@ -370,7 +429,9 @@ def _stage_of_measurements(
     return [Measurement.model_validate(m) for m in json.loads((folder / "measurements.json").read_text())]
 
 
-def _exported(recipe: Recipe, base: sources.Base, model: tuple[Path, str], run_: Run) -> Path:
+def _exported(
+    recipe: Recipe, base: sources.Base, model: tuple[Path, str], file: tuple[Path, str] | None, run_: Run
+) -> Path:
     """The folder of all that the entry ships, as its repository will have it."""
     folder, key = model
 
@@ -386,7 +447,8 @@ def _exported(recipe: Recipe, base: sources.Base, model: tuple[Path, str], run_:
                 export_compressed.export_compressed_tensors(folder, target)
                 (target / CARD).unlink(missing_ok=True)
             elif isinstance(setting, Packed):
-                pack_folder(folder, out / packed.FILE)
+                assert file is not None
+                link_or_copy(file[0], out / packed.FILE)
             else:
                 export_gguf.export_gguf(folder, out, setting.types, name=recipe.name, license=base.license)
         (out / "recipe.yaml").write_text(recipe.to_yaml())

@@ -281,7 +281,7 @@ def admm(weight: Tensor, curvature: Curvature, pattern: Pattern) -> tuple[Tensor
             mask = best_mask(wanted.square(), _relaxed(pattern, progress))
         kept = wanted * mask
         dual = wanted - kept
-    return _refit(target, kept, mask, curvature.normalized) / curvature.scale, mask
+    return refit(target, kept, mask, curvature.normalized) / curvature.scale, mask
 
 
 def _relaxed(pattern: Pattern, progress: float) -> Pattern:
@@ -292,16 +292,11 @@ def _relaxed(pattern: Pattern, progress: float) -> Pattern:
     return pattern if keep == pattern.keep else Grouped(keep, pattern.group)
 
 
-def refit(weight: Tensor, mask: Tensor, curvature: Curvature) -> Tensor:
-    """The least-squares weights under a given mask, starting from `weight`'s kept values."""
-    target = weight * curvature.scale
-    return _refit(target, target * mask, mask, curvature.normalized) / curvature.scale
-
-
-def _refit(target: Tensor, start: Tensor, mask: Tensor, hessian: Tensor) -> Tensor:
+def refit(target: Tensor, start: Tensor, mask: Tensor, hessian: Tensor) -> Tensor:
     """Conjugate gradients for all rows at once on min (x - target) H (x - target)^T over x under the mask.
 
-    Rows are independent problems with one H of about unit diagonal, so no preconditioner is needed.
+    target, start, mask (rows, columns); hessian (columns, columns), of about unit diagonal, so that no
+    preconditioner is needed. Rows are independent problems.
     """
     x = start * mask
     residual = ((target - x) @ hessian) * mask

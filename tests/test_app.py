@@ -19,8 +19,10 @@ from tests.example import RECIPE, entry
 from tests.many import fill
 from tests.tiny import tiny_llama
 from zoo.entry import Stage
-from zoo.progress import log_path, logged, say
+from zoo.progress import job_log_path, log_path, logged, say
 from zoo.registry import Registry, open_registry
+from zoo.registry.job_runs import Figure, finish, start
+from zoo.registry.leases import Lease, release, take, this_process
 from zoo.runner.pack import Settings, pack_folder
 
 pytest.importorskip("streamlit", reason="the extra [app] is not installed")
@@ -280,6 +282,47 @@ def test_runs_and_their_log(url: str, tmp_path: Path) -> None:
     assert "No run has this status" in said(shown("runs", state="done"))
 
 
+# --- jobs ---
+
+
+def test_jobs_and_their_figures(url: str, tmp_path: Path) -> None:
+    registry = open_registry(url)
+    assert "No job has run yet" in said(shown("jobs"))
+    registry.put(entry("one"))
+    for value in (20.0, 18.0):
+        lease = take(registry, "one", this_process())
+        assert isinstance(lease, Lease)
+        run_id = start(registry, lease, "one", ["never made"])
+        better = Figure(name="perplexity [ab]", kind="perplexity", direction="lower_is_better", value=value)
+        finish(registry, lease, run_id, "done", attempts=1, seconds=3.0, figures=[better])
+        release(registry, lease)
+    lease = take(registry, "two", this_process())
+    assert isinstance(lease, Lease)
+    run_id = start(registry, lease, "two", ["the recipe changed"])
+    path = job_log_path(tmp_path / "store", "two", lease.token)
+    path.parent.mkdir(parents=True)
+    path.write_text("1. prune (admm) ...\n")
+    test = shown("jobs")
+    assert "2 jobs by their last run: 1 running, 1 done" in said(test)
+    assert "| perplexity | **18** (20) :green[▲ +10.00%] |" in said(test)
+    assert "the recipe changed" in said(test) and "is gone" not in said(test)
+    assert "prune (admm) ..." in test.code[0].value
+    assert links(test) == ["one"]
+    finish(registry, lease, run_id, "failed", attempts=2, seconds=3.0, failure="no space left")
+    failed = said(shown("jobs", last="failed"))
+    assert "no space left" in failed and "2 attempts" in failed and "perplexity" not in failed
+    assert "No job has this status" in said(shown("jobs", last="interrupted"))
+
+
+def test_a_job_whose_scheduler_died_is_told(url: str) -> None:
+    registry = open_registry(url)
+    host, pid, kernel, _ = this_process().split(":")
+    lease = take(registry, "one", f"{host}:{pid}:{kernel}:1")
+    assert isinstance(lease, Lease)
+    start(registry, lease, "one", [])
+    assert "Its scheduler is gone" in shown("jobs").warning[0].value
+
+
 # --- try it ---
 
 
@@ -338,6 +381,16 @@ def hostile(entry_id: str = "a-llama") -> Any:
     )
 
 
+def fail_a_job(registry: Registry, words: str) -> None:
+    """A job of this name, that failed for this reason, after a run that was done."""
+    figure = Figure(name=words, kind="size", direction="lower_is_better", value=1.0)
+    lease = take(registry, words, words)
+    assert isinstance(lease, Lease)
+    for status in ("done", "done", "failed"):
+        run_id = start(registry, lease, words, [words])
+        finish(registry, lease, run_id, status, attempts=1, seconds=1.0, failure=words, figures=[figure])
+
+
 @pytest.mark.parametrize("escaped", [text.escape, text.code])
 def test_escaped_text_is_nothing_but_text(escaped: Any) -> None:
     parser = MarkdownIt("gfm-like", {"html": True, "linkify": False})
@@ -355,7 +408,7 @@ def test_pieces_may_be_escaped_one_by_one() -> None:
     assert "".join(map(text.escape_lines, whole)) == text.escape_lines(whole)
 
 
-@pytest.mark.parametrize("page", ["", "entry", "compare", "runs"])
+@pytest.mark.parametrize("page", ["", "entry", "compare", "runs", "jobs"])
 def test_a_hostile_entry_breaks_no_page(url: str, page: str) -> None:
     registry = open_registry(url)
     registry.put(hostile())
@@ -363,6 +416,7 @@ def test_a_hostile_entry_breaks_no_page(url: str, page: str) -> None:
     run_id = registry.start_run(HOSTILE, "ab" * 32, 1, HOSTILE)
     registry.record_stage(run_id, Stage(name=HOSTILE, key="k", status="failed", seconds=3.0, reason=HOSTILE))
     registry.finish_run(run_id, "failed", failure=HOSTILE)
+    fail_a_job(registry, HOSTILE)
     tabs = {
         "entry": ("Run it", "Compression", "Accuracy", "Speed", "Files", "Recipe", "Card"),
         "compare": ("Pareto", "Recipes", "Side by side"),

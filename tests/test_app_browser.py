@@ -17,8 +17,10 @@ from urllib.request import urlopen
 import pytest
 
 from tests.example import entry
+from tests.job_worker import behave, write_jobs
 from tests.many import fill
-from tests.test_app import HOSTILE, hostile
+from tests.scheduler import Place, running
+from tests.test_app import HOSTILE, fail_a_job, hostile
 from zoo.registry import open_registry
 
 pytest.importorskip("streamlit", reason="the extra [app] is not installed")
@@ -95,6 +97,7 @@ def tab(chromium: Browser) -> Iterator[Page]:
 def many(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, float]]:
     folder = tmp_path_factory.mktemp("many")
     fill(str(folder / "registry.db"), MANY)
+    fail_a_job(open_registry(str(folder / "registry.db")), "a-job")
     with served(folder / "registry.db", folder / "store") as found:
         yield found
 
@@ -231,6 +234,7 @@ def test_no_script_of_an_entry_runs(tmp_path: Path, tab: Page) -> None:
     registry.put(entry("b-llama"))
     run_id = registry.start_run(HOSTILE, "ab" * 32, 1, HOSTILE)
     registry.finish_run(run_id, "failed", failure=HOSTILE)
+    fail_a_job(registry, HOSTILE)
     dialogs: list[str] = []
     asked: list[str] = []
     tab.on("dialog", lambda dialog: (dialogs.append(dialog.message), dialog.dismiss()))
@@ -240,6 +244,7 @@ def test_no_script_of_an_entry_runs(tmp_path: Path, tab: Page) -> None:
             "",
             "?view=Table",
             "runs",
+            "jobs",
             "compare?entry=a-llama&entry=b-llama",
             "compare?entry=a-llama&show=Pareto",
         ]
@@ -261,6 +266,29 @@ def test_no_script_of_an_entry_runs(tmp_path: Path, tab: Page) -> None:
     assert [url for url in asked if not url.startswith((address, "data:", "blob:"))] == []
 
 
+def test_jobs_are_shown_live(tmp_path: Path, tab: Page) -> None:
+    """Of a real scheduler: a job that is done, one that fails, one whose scheduler is killed meanwhile."""
+    place = Place(tmp_path, str(tmp_path / "registry.db"))
+    open_registry(place.registry_url)
+    write_jobs(tmp_path, ["done", "fails", "killed"])
+    behave(place.store, "fails", "fail")
+    behave(place.store, "killed", "sleep")
+    with served(tmp_path / "registry.db", place.store) as (address, _):
+        tab.goto(f"{address}/jobs")
+        expect(tab.get_by_text("No job has run yet.")).to_be_visible()
+        with running(place.start("--keep-going", "--max-parallel", "3")) as process:
+            expect(tab.get_by_text("3 jobs by their last run: 1 running, 1 done, 1 failed")).to_be_visible()
+            expect(tab.get_by_text("it cannot work")).to_be_visible()
+            process.kill()
+        expect(tab.get_by_text("Its scheduler is gone.")).to_be_visible()
+        tab.get_by_text("failed", exact=True).first.click()
+        expect(tab.get_by_text("Its scheduler is gone.")).to_have_count(0)
+        assert parameters(tab) == {"last": ["failed"]}
+        tab.reload()
+        expect(tab.get_by_text("it cannot work")).to_be_visible()
+        expect(tab.get_by_text("Its scheduler is gone.")).to_have_count(0)
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_a_phone_scrolls_down_only(many: tuple[str, float], chromium: Browser, scheme: str) -> None:
     address, _ = many
@@ -273,6 +301,7 @@ def test_a_phone_scrolls_down_only(many: tuple[str, float], chromium: Browser, s
         for view in (
             "",
             "runs",
+            "jobs",
             "try",
             f"compare?entry={name}",
             f"entry?id={name}",

@@ -19,7 +19,7 @@ from sqlalchemy import create_engine, make_url, text
 from tests.job_worker import behave, write_jobs
 from tests.postgres import database
 from tests.process import small_disk
-from tests.test_jobs_run import (
+from tests.scheduler import (
     ROOT,
     Done,
     Place,
@@ -35,29 +35,6 @@ from zoo.registry.leases import Lease, held, take
 
 pytestmark = pytest.mark.real  # a minute or two
 QUICK_PATIENCE = ("--patience", "2s")
-
-
-@pytest.fixture(scope="module")
-def fresh_postgres() -> str:
-    url = database()
-    open_registry(url).engine.dispose()
-    return url
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
-    if request.param == "sqlite":
-        url = str(tmp_path / "registry.db")
-    else:
-        url = database(template=request.getfixturevalue("fresh_postgres"))
-    open_registry(url).engine.dispose()
-    return Place(tmp_path, url)
-
-
-@pytest.fixture
-def in_file(tmp_path: Path) -> Place:
-    open_registry(str(tmp_path / "registry.db"))
-    return Place(tmp_path, str(tmp_path / "registry.db"))
 
 
 def test_kill_9_of_the_scheduler(place: Place) -> None:

@@ -17,6 +17,7 @@ from markdown_it import MarkdownIt
 from prometheus_client.parser import text_string_to_metric_families
 
 from pipelines.jobs import plan
+from pipelines.worker import Task, parts
 from tests.example import entry
 from tests.job_worker import made_entry, write_jobs
 from zoo.entry import Publication
@@ -34,6 +35,45 @@ NOW = datetime(2026, 5, 1, tzinfo=UTC)
 
 
 # --- the list ---
+
+
+def parts_of(tmp_path: Path, needs: str) -> list[tuple[str | None, float, float, float | None]]:
+    """(until, cpus, gpus, memory) of the workers of a job with four steps."""
+    steps = [
+        {"kind": "prune", "method": "wanda", "pattern": {"keep": 8, "group": 16}},
+        {"kind": "recover", "data": [{"source": "prose"}], "budget": {"tokens": 1000}},
+        {"kind": "quantize", "method": "rtn", "grid": {"bits": 8, "group": 32}},
+    ]
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump({"name": "a", "base": "./base", "steps": steps}))
+    (job,) = jobs_of(tmp_path, f"jobs: [{{recipes: [a.yaml], needs: {needs}}}]")
+    task = Task(job=job.name, recipe=job.recipe, overrides=[], store="s", registry="r", lease_token=1,
+                lease_holder="h", needs=job.needs)  # fmt: skip
+    chain = [Task.model_validate_json(part.model_dump_json()) for part in parts(task)]
+    assert all(part.model_copy(update={"needs": task.needs, "until": None}) == task for part in chain)
+    return [(part.until, part.needs.cpus, part.needs.gpus, part.needs.memory_gb) for part in chain]
+
+
+def test_stages_that_need_something_else_are_workers_of_their_own(tmp_path: Path) -> None:
+    assert parts_of(tmp_path, "{cpus: 2}") == [(None, 2, 0, None)]
+    assert parts_of(tmp_path, "{stages: {recover: {cpus: 1, gpus: 0}}}") == [(None, 1, 0, None)]
+    assert parts_of(tmp_path, "{cpus: 2, stages: {recover: {gpus: 4}}}") == [
+        ("1. prune (wanda)", 2, 0, None),
+        ("2. recover", 2, 4, None),
+        (None, 2, 0, None),
+    ]
+    assert parts_of(
+        tmp_path, "{stages: {recover: {gpus: 1}, evaluate: {gpus: 1}, export: {memory_gb: 9}}}"
+    ) == [
+        ("1. prune (wanda)", 1, 0, None),
+        ("2. recover", 1, 1, None),
+        ("3. quantize (rtn)", 1, 0, None),
+        ("evaluate", 1, 1, None),
+        (None, 1, 0, 9),
+    ]
+    with pytest.raises(JobsError, match="stages"):
+        parts_of(tmp_path, "{stages: {verify: {gpus: 1}}}")
+    with pytest.raises(JobsError, match="gpus"):
+        parts_of(tmp_path, "{stages: {recover: {gpus: -1}}}")
 
 
 def jobs_of(tmp_path: Path, text: str) -> list[Job]:

@@ -6,147 +6,18 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 
 from tests.job_worker import behave, write_jobs
-from tests.postgres import database
-from zoo.registry import Registry, open_registry
-from zoo.registry.job_runs import JobRun, history
+from tests.scheduler import ROOT, Done, Place, end, running
+from zoo.registry import open_registry
+from zoo.registry.job_runs import history
 from zoo.registry.leases import Heartbeat, Lease, held, take, this_process
-
-ROOT = Path(__file__).parents[1]
-PATIENCE_S = 60.0
-# `zoo ARGUMENTS` with workers that need no torch.
-QUICK = (
-    "import sys, pipelines.executors as e\n"
-    "e.Local.__init__.__defaults__ = ('tests.job_worker',)\n"
-    "from zoo.cli import main; main()"
-)
-
-
-@dataclass
-class Place:
-    """A job list, a store, a registry, and `zoo jobs run` on them."""
-
-    folder: Path
-    registry_url: str
-
-    @property
-    def store(self) -> Path:
-        return self.folder / "store"
-
-    @property
-    def registry(self) -> Registry:
-        return open_registry(self.registry_url)
-
-    def start(
-        self, *options: str | Path, environment: Mapping[str, str] | None = None, store: Path | None = None
-    ) -> subprocess.Popen[str]:
-        given = ["--jobs", self.folder / "jobs.yaml", "--store", store or self.store]
-        return subprocess.Popen(
-            [sys.executable, "-c", QUICK, *self.before, "jobs", "run", *given, *options],
-            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env=os.environ | {"ZOO_REGISTRY": self.registry_url} | (environment or {}),
-        )  # fmt: skip
-
-    before: tuple[str, ...] = ()
-
-    def run(self, *options: str | Path, **given: Any) -> Done:
-        return end(self.start(*options, **given))
-
-    def runs(self, job: str) -> list[JobRun]:
-        return history(self.registry, job)
-
-
-@dataclass
-class Done:
-    returncode: int
-    stdout: str
-    stderr: str
-
-    @property
-    def outcomes(self) -> dict[str, str]:
-        return {r["job"]: r["outcome"] for r in json.loads(self.stdout)["results"]}
-
-    def of(self, job: str) -> dict[str, Any]:
-        found: dict[str, Any] = next(r for r in json.loads(self.stdout)["results"] if r["job"] == job)
-        return found
-
-
-def end(process: subprocess.Popen[str]) -> Done:
-    out, err = process.communicate(timeout=PATIENCE_S)
-    assert "Traceback" not in err, err
-    return Done(process.returncode, out, err)
-
-
-@contextmanager
-def running(process: subprocess.Popen[str]) -> Iterator[subprocess.Popen[str]]:
-    """It is gone at the end, whatever happens."""
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.wait()
-
-
-def until(happened: Any, what: str) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not happened():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.01)
-
-
-def working(place: Place, job: str, count: int = 1) -> bool:
-    """Whether the worker of a job has begun its `count`-th attempt."""
-    logs = sorted((place.store / "jobs").glob(f"{job}-*.log"))
-    return sum(log.read_text().count("working as told") for log in logs) >= count
-
-
-def worker_of(place: Place, job: str) -> int:
-    """The worker's process id, as it recorded it."""
-    return max((run for run in place.registry.runs() if run.recipe_name == job), key=lambda r: r.id).pid
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
-
-
-@pytest.fixture(scope="module")
-def fresh_postgres() -> str:
-    url = database()
-    open_registry(url).engine.dispose()
-    return url
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
-    if request.param == "sqlite":
-        url = str(tmp_path / "registry.db")
-    else:
-        url = database(template=request.getfixturevalue("fresh_postgres"))
-    open_registry(url).engine.dispose()
-    return Place(tmp_path, url)
-
-
-@pytest.fixture
-def in_file(tmp_path: Path) -> Place:
-    url = str(tmp_path / "registry.db")
-    open_registry(url)
-    return Place(tmp_path, url)
 
 
 def test_what_is_stale_is_run_and_what_is_fresh_is_not(place: Place) -> None:
@@ -348,7 +219,7 @@ def test_the_plan_knows_every_key_that_the_run_used(made: Place) -> None:
 
     entry = made.registry.get("tiny")
     recipe = load(made.folder / "tiny.yaml")
-    base = sources.peek(recipe.base)
+    base = sources.peek(recipe.base, made.store)
     assert (base.revision, base.sha256) == (entry.base_revision, entry.base_sha256)
     assert base.sha256
     planned = keys.expected(recipe, base.sha256, lambda _: None)
@@ -392,6 +263,3 @@ def test_a_corrupted_blob_is_made_again(made: Place) -> None:
         [*fsck, "--registry", made.registry_url], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert (clean.returncode, json.loads(clean.stdout)) == (0, [])
-
-
-__all__ = ["Place", "alive", "running", "signal", "until", "worker_of", "working"]

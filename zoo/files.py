@@ -46,7 +46,8 @@ def sha256_tree(folder: Path) -> str:
     return sha256_json([[p.relative_to(folder).as_posix(), sha256_file(p)] for p in files])
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Wait until a file, or which names a folder holds, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -98,9 +99,9 @@ def atomic_file(path: Path) -> Iterator[Path]:
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
         try:
             yield temporary
-            _fsync(temporary)
+            fsync(temporary)
             temporary.replace(path)
-            _fsync(path.parent)
+            fsync(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -202,13 +203,13 @@ class Store:
                 for path in (*temporary.rglob("*"), temporary):
                     if path.is_file():  # safetensors makes files private; and a finished output never changes
                         path.chmod(0o444)
-                    _fsync(path)
+                    fsync(path)
                 final.parent.mkdir(parents=True, exist_ok=True)
                 if final.exists():  # damaged, else `get` had found it
                     self.discard(key)
                 write_json(self.sums(key), file_table(temporary))
                 temporary.replace(final)
-                _fsync(final.parent)
+                fsync(final.parent)
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
 

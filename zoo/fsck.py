@@ -1,4 +1,4 @@
-"""`zoo fsck`: whether registry, store and what was published agree, and mending what can be mended.
+"""`zoo fsck`: whether registry, stores and what was published agree, and mending what can be mended.
 
 Findings name the thing, what is wrong, and what mends it. Nothing is ever removed that is not known to be
 worthless: half-written outputs, or damaged ones, which are made again.
@@ -22,12 +22,14 @@ from zoo.files import Store, atomic_file, file_table, sha256_file, write_json
 from zoo.hub import client, manifest
 from zoo.hub.client import Hub
 from zoo.hub.manifest import MANIFEST
+from zoo.logs import redact
 from zoo.progress import track
 from zoo.registry import Registry
 from zoo.registry.leases import Lease, held, is_gone, release
+from zoo.shared_store import Damaged, Remote, SharedStore, Table
 
 CARD, RECORD = "README.md", "entry.json"
-Where = Literal["registry", "store", "published"]
+Where = Literal["registry", "store", "shared", "published"]
 
 
 class Finding(Record):
@@ -89,13 +91,15 @@ def _checks(
         for entry in track(registry.every(), "entries", registry.count()):
             yield from _entry_files(entry, store, render, fetch)
         yield from _strangers(registry, store)
+    if isinstance(store, SharedStore):
+        yield from _shared(store.remote)
     if hub_of is not None:
         for entry in track(registry.every(), "published entries", registry.count()):
             yield from _publications(entry, hub_of)
 
 
 def _finding(where: Where, subject: str, problem: str, repair: str | None) -> Finding:
-    return Finding(where=where, subject=subject, problem=problem, repair=repair)
+    return Finding(where=where, subject=subject, problem=redact(problem), repair=repair)
 
 
 # --- the registry -------------------------------------------------------------------------------------
@@ -195,6 +199,8 @@ def _entry_files(
     folder = store.root / "entries" / entry.id
     if not folder.is_dir() and entry.publications:
         return  # it can be pulled
+    if not folder.is_dir() and isinstance(store, SharedStore) and store.remote.holds(entry):
+        return  # another machine made it
     pulled = (folder / MANIFEST).is_symlink()  # perhaps in part only
     here = [a for a in entry.artifacts if not pulled or (folder / a.path).is_symlink()]
     wrong = [found for a in here if (found := _wrong(folder / a.path, a)) is not None]
@@ -314,6 +320,37 @@ def _whole_entry(folder: Path) -> Entry | None:
     table = file_table(folder)
     sound = all(table.get(a.path) == (a.size, a.sha256) for a in entry.artifacts)
     return entry if sound and entry.id == folder.name else None
+
+
+# --- the store that machines share ---------------------------------------------------------------------
+
+
+def _shared(remote: Remote) -> Iterator[_Found]:
+    """Its outputs, every file against its sha256, and files that no output has."""
+    tables: dict[str, Table | str] = {}  # an output that is finished meanwhile is not looked at
+    for key in remote.outputs():
+        try:
+            tables[key] = remote.table(key) or {}
+        except Damaged as damage:
+            tables[key] = str(damage)
+    files = remote.files()
+    sound = {name for name in track(files, "files of the shared store") if remote.is_sound(name)}
+    mend = "remove it: it is made again"
+    for key, table in tables.items():
+        if isinstance(table, str):
+            yield _Found(_finding("shared", key, table, mend), partial(remote.discard, key, []))
+            continue
+        wrong = {name: sha256 for name, (_, sha256) in table.items() if sha256 not in sound}
+        if wrong:
+            problem = f"is damaged: {', '.join([*wrong][:3])}"
+            yield _Found(_finding("shared", key, problem, mend), partial(remote.discard, key, wrong.values()))
+    used = {sha256 for table in tables.values() if not isinstance(table, str) for _, sha256 in table.values()}
+    for name in files:
+        if name not in used and remote.is_old(name):
+            problem = "belongs to no output: an upload was killed, or the output removed"
+            yield _Found(
+                _finding("shared", name, problem, "remove it"), partial(remote.discard, None, [name])
+            )
 
 
 # --- what was published -------------------------------------------------------------------------------

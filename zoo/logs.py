@@ -20,8 +20,20 @@ JOB = "ZOO_JOB"  # the job that a worker's lines belong to
 HIDDEN = "[secret]"
 SHORTEST = 8  # a shorter value, such as `false`, would hide words that are none
 _SECRET_NAMES = re.compile(r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|PGPASSWORD|CREDENTIALS?|(API_|ACCESS_)?KEY)$")
-_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}")
-_IN_URL = re.compile(r"(?<=://)[^\s/@]*:[^\s/@]+(?=@)")  # user:password
+_SHAPES = re.compile(
+    r"\bhf_[A-Za-z0-9]{16,}"
+    r"|\b(?:gh[oprsu]_|github_pat_)\w{16,}"
+    r"|\bsk-[\w-]{20,}"  # of OpenAI and those who copy it
+    r"|\b(?:AKIA|ASIA)[A-Z0-9]{16}\b"  # the id of an AWS key
+    r"|\beyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*"  # a JSON web token
+    r"|(?<=://)[^\s/@]*:[^\s/]+(?=@)"  # user:password in a URL
+    r"|(?i:(?<=bearer )|(?<=basic ))[\w.~+/=-]{16,}"  # of an Authorization header
+)
+# A value after a name that says what it is: of a setting, a header, JSON, or a URL's query.
+_NAMED = re.compile(
+    r"(?i)((?:passw(?:or)?d|secret|api.?key|access.?key|signature|credentials?|[_-]token|[?&]token)"
+    r"""["']?\s*[=:]\s*["']?)[\w.~+/%=-]{16,}|(?<=password=)[^\s&;'"]+"""
+)
 _known: set[str] = set()
 
 
@@ -36,24 +48,35 @@ def hide(secret: str | None) -> None:
 
 
 def redact(text: str) -> str:
-    """The text without secrets: tokens of the Hub's form, passwords in URLs, what `hide` was told of, and the
-    values of environment variables named like secrets."""
-    text = _IN_URL.sub(HIDDEN, _TOKEN.sub(HIDDEN, text))
+    """The text without secrets: tokens and keys of known shapes, passwords in URLs, values that are named as
+    such, what `hide` was told of, and the values of environment variables named like secrets."""
+    text = _NAMED.sub(lambda found: (found[1] or "") + HIDDEN, _SHAPES.sub(HIDDEN, text))
     for secret in sorted(_known | _of_environment(), key=len, reverse=True):
         text = text.replace(secret, HIDDEN)
     return text
 
 
+def line_of_secret(text: str) -> int | None:
+    """The number of the first line that holds a secret; None if none does."""
+    lines = enumerate(text.splitlines(), 1)
+    return next((number for number, line in lines if redact(line) != line), None)
+
+
 def _of_environment() -> set[str]:
-    found = {v for k, v in os.environ.items() if _SECRET_NAMES.search(k) and len(v) >= SHORTEST}
-    for name in ("ZOO_REGISTRY", "HF_ENDPOINT"):
-        try:
-            password = urlsplit(os.environ.get(name, "")).password
-        except ValueError:
-            continue
-        if password and len(password) >= SHORTEST:
-            found |= {password, unquote(password)}
-    return found
+    named = {value for name, value in os.environ.items() if _SECRET_NAMES.search(name)}
+    in_urls = {part for value in os.environ.values() for part in _passwords(value)}
+    return {secret for secret in named | in_urls if len(secret) >= SHORTEST}
+
+
+def _passwords(url: str) -> set[str]:
+    """The password in a URL, as it is written and as it is meant."""
+    if "://" not in url or "@" not in url:
+        return set()
+    try:
+        password = urlsplit(url).password or ""
+    except ValueError:
+        return set()
+    return {password, unquote(password)}
 
 
 def line(event: str, message: str, *, level: str = "info", **fields: Any) -> str:

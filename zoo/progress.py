@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sized
 from contextlib import contextmanager, suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
@@ -43,6 +44,11 @@ def say(message: str, event: str = "said", **fields: Any) -> None:
 def log_path(store: Path, run_id: int, recipe_sha256: str) -> Path:
     """Where the log of a run lies. Registries number runs alike, so the recipe's hash is in its name."""
     return store.expanduser() / "runs" / f"{recipe_sha256[:16]}-{run_id}.log"
+
+
+def job_log_path(store: Path, job: str, token: int) -> Path:
+    """Where the log of a run of a job lies; `token`: of the lease that it is under."""
+    return store.expanduser() / "jobs" / f"{job}-{token}.log"
 
 
 @contextmanager
@@ -89,6 +95,22 @@ def track(items: Iterable[T], description: str, total: int | None = None) -> Gen
         _log(line)
 
     yield from _lines(items, description, total, show)
+
+
+@contextmanager
+def counting(description: str, total: int) -> Iterator[Callable[[int], None]]:
+    """As `track`, for what is done elsewhere: yield what is called with how many more of `total` are done."""
+    steps = track(range(total), description, total)
+
+    def advance(count: int) -> None:
+        for _ in islice(steps, count):
+            pass
+
+    try:
+        yield advance
+        advance(total)
+    finally:
+        steps.close()
 
 
 def _print(line: str) -> None:

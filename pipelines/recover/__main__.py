@@ -114,12 +114,15 @@ def _run(options: argparse.Namespace) -> bool:
 def _recover(
     step: Recover, folder: Path, teacher: Path, fresh: Path, state: Path, seconds: float | None, out: Path
 ) -> bool:
+    from pipelines.recover.resample import alternatives
     from pipelines.recover.tokens import training_tokens
     from pipelines.recover.train import Job, recover
 
-    tokens = training_tokens(step, folder, teacher, _fingerprint(teacher), Store(out / "store"))
-    job = Job(step=step, student=folder, teacher=teacher, tokens=tokens, out=fresh, state=state,
-              stop_after=seconds)  # fmt: skip
+    store, teacher_id = Store(out / "store"), _fingerprint(teacher)
+    tokens = training_tokens(step, folder, teacher, teacher_id, store)
+    others = alternatives(step, tokens, teacher, teacher_id, store)
+    job = Job(step=step, student=folder, teacher=teacher, tokens=tokens, alternatives=others, out=fresh,
+              state=state, stop_after=seconds)  # fmt: skip
     return recover(job).used(step.budget) >= 1.0
 
 

@@ -30,11 +30,17 @@ PIECES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.j
 
 @dataclass
 class Blocks:
-    """Token ids cut into blocks of `length`, shuffled anew for every pass."""
+    """Token ids cut into blocks of `length`, shuffled anew for every pass.
+
+    With `alternatives`, one array (tokens, samples) for each source, a `fraction` of the tokens of a block is
+    replaced by one of its samples each, chosen anew, from the second pass on.
+    """
 
     sources: list[npt.NDArray[Any]]  # of 1 dimension each
     length: int
     seed: int
+    alternatives: list[npt.NDArray[Any]] = field(default_factory=list)
+    fraction: float = 0.0
     _order: tuple[int, npt.NDArray[np.int64]] = field(default=(-1, np.empty(0, np.int64)), repr=False)
 
     def __post_init__(self) -> None:
@@ -62,18 +68,28 @@ class Blocks:
         chosen = int(self._order[1][place])
         source = int(np.searchsorted(self._starts, chosen, side="right")) - 1
         start = (chosen - int(self._starts[source])) * self.length
-        return self.sources[source][start : start + self.length].astype(np.int64)
+        at = slice(start, start + self.length)
+        ids = self.sources[source][at].astype(np.int64)
+        if not self.alternatives or number == 0:
+            return ids
+        samples = self.alternatives[source][at]
+        draw = np.random.default_rng([self.seed, position, 1])
+        replaced = np.flatnonzero(draw.random(self.length) < self.fraction)
+        ids[replaced] = samples[replaced, draw.integers(samples.shape[1], size=len(replaced))]
+        return ids
 
 
-def open_tokens(path: Path, vocabulary: int) -> npt.NDArray[Any]:
+def open_tokens(path: Path, vocabulary: int, dimensions: int = 1) -> npt.NDArray[Any]:
     """A file of token ids, mapped. Raises CalibrationError unless it holds integers below `vocabulary`."""
     try:
         ids = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:
         raise CalibrationError(f"{path} holds no token ids", saw=str(error).splitlines()[0]) from error
-    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+    if ids.ndim != dimensions or ids.dtype.kind not in "iu":
         raise CalibrationError(
-            f"{path} holds no token ids", saw=f"{ids.dtype} {ids.shape}", expected="1-D integers"
+            f"{path} holds no token ids",
+            saw=f"{ids.dtype} {ids.shape}",
+            expected=f"{dimensions}-D integers",
         )
     if ids.size and (int(ids.max()) >= vocabulary or int(ids.min()) < 0):
         raise CalibrationError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from torch import Tensor
 from pipelines.recipe import Budget
 from zoo.entry import TrainingPoint
 from zoo.errors import StoreError
-from zoo.files import told_plainly
+from zoo.files import fsync, told_plainly
 
 MASKS = "masks.safetensors"
 PROGRESS = "progress.json"
@@ -60,10 +59,10 @@ def save(accelerator: Any, folder: Path, progress: Progress, masks: dict[str, Te
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             for path in (*partial.rglob("*"), partial):
-                _fsync(path)
+                fsync(path)
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
-            _fsync(folder)
+            fsync(folder)
             for old in folder.iterdir():
                 if old != final:
                     shutil.rmtree(old, ignore_errors=True)
@@ -93,11 +92,3 @@ def restore(accelerator: Any, state: Path) -> dict[str, Tensor]:
     accelerator.load_state(str(state))
     masks: dict[str, Tensor] = load_file(state / MASKS)
     return masks
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -52,6 +52,7 @@ class Job(BaseModel):
     student: Path
     teacher: Path
     tokens: list[Path]
+    alternatives: list[Path] = []  # of each file of tokens, for `resample`
     out: Path  # an empty folder, for the model
     state: Path  # of a training that is not finished
     stop_after: float | None = None  # seconds of this call, after which it saves and ends
@@ -411,7 +412,9 @@ def _blocks(job: Job) -> Blocks:
     checkpoint = Checkpoint(job.student)
     vocabulary = checkpoint.shapes()[f"{checkpoint.family.embeddings}.weight"][0]
     sources = [open_tokens(path, vocabulary) for path in job.tokens]
-    return Blocks(sources, job.step.length, job.step.seed)
+    others = [open_tokens(path, vocabulary, dimensions=2) for path in job.alternatives]
+    fraction = job.step.resample.fraction if job.step.resample else 0.0
+    return Blocks(sources, job.step.length, job.step.seed, others, fraction)
 
 
 def _prepared(job: Job, accelerator: Any) -> tuple[nn.Module, Any, Teacher | None]:

@@ -24,6 +24,7 @@ from huggingface_hub import get_session
 from huggingface_hub.errors import HfHubHTTPError
 
 from zoo.errors import HubError
+from zoo.files import fsync
 from zoo.files import told_plainly as files_told_plainly
 from zoo.hub.client import Hub, raise_for_status, told_plainly
 from zoo.progress import say
@@ -106,7 +107,7 @@ def fetch(
             _complete(hub, wanted, file, partial, advance, stop or threading.Event())
             os.fsync(file.fileno())
             partial.replace(target)
-    _sync(target.parent)
+    fsync(target.parent)
 
 
 def missing(wanted: Download, target: Path, *, force: bool = False) -> int:
@@ -245,11 +246,3 @@ def _write(file: FileIO, chunk: bytes) -> None:
     rest = memoryview(chunk)
     while rest:
         rest = rest[file.write(rest) :]
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -19,13 +19,14 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from zoo.entry import EntryId, Record
 from zoo.errors import UsageError
+from zoo.logs import line_of_secret
 
 MAX_BYTES = 1 << 20
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
@@ -67,12 +68,29 @@ class Target(Part):
     private: bool = False
 
 
+StageKind = Literal["compress", "recover", "evaluate", "export"]
+
+
+class StageNeeds(Part):
+    """What a stage needs that differs from its job."""
+
+    cpus: float | None = Field(None, gt=0)
+    gpus: float | None = Field(None, ge=0)
+    memory_gb: float | None = Field(None, gt=0)
+
+
 class Needs(Part):
     """What a job is to have for itself on a cluster."""
 
     cpus: float = Field(1.0, gt=0)
     gpus: float = Field(0.0, ge=0)
     memory_gb: float | None = Field(None, gt=0)
+    stages: dict[StageKind, StageNeeds] = {}
+
+    def of(self, kind: StageKind) -> Needs:
+        """What a stage of this kind needs: the job's, but for what is said of the stage."""
+        said = self.stages.get(kind, StageNeeds()).model_dump(exclude_none=True)
+        return self.model_copy(update={**said, "stages": {}})
 
 
 class Group(Part):
@@ -114,6 +132,13 @@ def load(path: Path) -> tuple[list[Job], Tolerance]:
         raw = path.read_bytes()
         if len(raw) > MAX_BYTES:
             raise JobsError(f"{path} is too large for a job list", expected=f"at most {MAX_BYTES} bytes")
+        line = line_of_secret(raw.decode())
+        if line is not None:
+            raise JobsError(
+                f"{path}, line {line} holds a secret",
+                expected="no token or key, and no password in a URL",
+                try_="give it by the environment, e.g. HF_TOKEN",
+            )
         data = yaml.safe_load(raw)
     except (OSError, UnicodeDecodeError) as error:
         raise JobsError(

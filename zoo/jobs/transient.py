@@ -16,6 +16,8 @@ _FOREIGN = {
     ("urllib3.exceptions", "HTTPError"),
     ("httpx", "TransportError"),
     ("aiohttp.client_exceptions", "ClientConnectionError"),
+    ("botocore.exceptions", "ConnectionError"),
+    ("botocore.exceptions", "HTTPClientError"),
 }
 _CONNECTION_LOST = ("08", "57P")  # SQLSTATE: connection exception, operator intervention
 _TRY_AGAIN = ("40", "53300", "55P03")  # serialization, too many connections, lock not available
@@ -34,14 +36,21 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
 
+def _is_busy(status: int) -> bool:
+    """Whether a server's answer says that it has no time now."""
+    return status in (408, 425, 429) or status >= 500
+
+
 def _is_transient(error: BaseException) -> bool:
     import httpx2
     from huggingface_hub.errors import HfHubHTTPError
     from sqlalchemy.exc import DBAPIError
 
     if isinstance(error, HfHubHTTPError):
-        status: int = error.response.status_code
-        return status in (408, 425, 429) or status >= 500
+        return _is_busy(error.response.status_code)
+    answer = getattr(error, "response", None)
+    if isinstance(answer, dict):  # botocore's
+        return _is_busy(answer.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
     if isinstance(error, httpx2.TransportError | ConnectionError | TimeoutError):
         return True
     if isinstance(error, DBAPIError):

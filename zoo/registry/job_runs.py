@@ -32,6 +32,7 @@ class JobRun(Record):
 
     id: int
     job: str
+    token: int  # of the lease that it is under
     holder: str
     status: JobStatus
     reasons: list[str]

@@ -67,24 +67,39 @@ class Facets(Record):
     statuses: dict[str, int]
 
 
+_NOTHING = Query().model_dump(exclude={"sort", "reverse", "limit", "offset"})
+
+
 def largest_first(query: Query) -> bool:
     return _SORTS[query.sort][1] != query.reverse
 
 
-def first_matches(query: Query, database: str, machines: Sequence[str] | None) -> tuple[Any, Any]:
-    """SELECT the page of ids, each with its decode speed and how many match; and SELECT the latter alone.
+def is_broad(query: Query) -> bool:
+    """Whether nothing is asked for but an order: then nearly all match."""
+    return query.model_dump(exclude={"sort", "reverse", "limit", "offset"}) == _NOTHING
 
-    One pass over what matches, wherever it lies, which ends at MOST_COUNTED + 1 matches: then the page is not
-    the right one, and `in_order` gives it. `database` is SQLAlchemy's name of the dialect; `machines` the
-    fingerprints that `query.machine` means.
+
+def count(query: Query, database: str, machines: Sequence[str] | None) -> Any:
+    """SELECT how many match, at most MOST_COUNTED + 1."""
+    found, _, _ = _found(query, machines)
+    matches = found.where(*_conditions(query, database)).limit(MOST_COUNTED + 1).subquery()
+    return select(func.count()).select_from(matches)
+
+
+def first_matches(query: Query, database: str, machines: Sequence[str] | None) -> Any:
+    """SELECT the page of ids, each with its decode speed and how many match, at most MOST_COUNTED + 1.
+
+    One pass over what matches, wherever it lies, which ends at so many: then the page is not the right one,
+    and `in_order` gives it. `database` is SQLAlchemy's name of the dialect; `machines` the fingerprints that
+    `query.machine` means.
     """
     found, figure, speed = _found(query, machines)
     found = found.add_columns(figure.label("figure"), speed.label("speed"))
-    conditions = (*_conditions(query, database), *_choices(query))
-    matches = found.where(*conditions).limit(MOST_COUNTED + 1).cte("matches").prefix_with("MATERIALIZED")
-    count = select(func.count()).select_from(matches)
-    page = select(matches.c.entry_id, matches.c.speed, count.scalar_subquery())
-    return _page(page.order_by(*_order(query, matches.c.figure, matches.c.entry_id)), query), count
+    chosen = found.where(*_conditions(query, database)).limit(MOST_COUNTED + 1)
+    matches = chosen.cte("matches").prefix_with("MATERIALIZED")
+    total = select(func.count()).select_from(matches)
+    page = select(matches.c.entry_id, matches.c.speed, total.scalar_subquery())
+    return _page(page.order_by(*_order(query, matches.c.figure, matches.c.entry_id)), query)
 
 
 def in_order(query: Query, database: str, machines: Sequence[str] | None) -> Any:
@@ -93,8 +108,8 @@ def in_order(query: Query, database: str, machines: Sequence[str] | None) -> Any
     The way to the first of many matches; where few match, it passes all others.
     """
     found, figure, speed = _found(query, machines)
-    conditions = (*_conditions(query, database, one_by_one=True), *_choices(query))
     order = _order(query, figure, IndexRow.entry_id)
+    conditions = _conditions(query, database, walking=True)
     return _page(found.add_columns(speed).where(*conditions).order_by(*order), query)
 
 
@@ -136,7 +151,7 @@ def combinations(query: Query, database: str, machines: Sequence[str] | None) ->
     Only the filters that are not facets apply: `counted` applies the others.
     """
     columns = [*_FACETS.values(), IndexRow.base_model]
-    found = select(*columns, func.count()).where(*_conditions(query, database)).group_by(*columns)
+    found = select(*columns, func.count()).where(*_but_choices(query, database)).group_by(*columns)
     if machines is not None:
         there = _speeds(machines)
         found = found.join(there, there.c.key == IndexRow.key)
@@ -177,34 +192,53 @@ def _choices(query: Query) -> Iterator[ColumnElement[bool]]:
             yield column != "failed"
 
 
-def _conditions(query: Query, database: str, *, one_by_one: bool = False) -> Iterator[ColumnElement[bool]]:
-    """All filters but the choices; `one_by_one`: without the text index, which first finds all matches."""
+def _conditions(query: Query, database: str, *, walking: bool = False) -> Iterator[ColumnElement[bool]]:
+    """All filters; `walking`: for a walk along the index of a figure."""
+    yield from _choices(query)
+    yield from _but_choices(query, database, walking)
+
+
+def _but_choices(query: Query, database: str, walking: bool = False) -> Iterator[ColumnElement[bool]]:
+    """All filters but the choices; the dearest last."""
+    column: Any
     for column, least, most in (
         (IndexRow.sparsity, query.min_sparsity, query.max_sparsity),
         (IndexRow.bits_per_weight, query.min_bits, query.max_bits),
         (IndexRow.size, query.min_size, query.max_size),
     ):
+        if database == "sqlite" and not walking:
+            # It thinks that any range leaves little, and would read most rows one by one by an index of it.
+            column = _without_index(column)
         if least is not None:
             yield column >= least
         if most is not None:
             yield column <= most
     if query.text is not None:
-        yield from _contains(query.text.lower().split(), database, one_by_one)
+        yield from _contains(query.text.lower().split(), database, walking)
+
+
+def _without_index(column: Any) -> Any:
+    """The column for SQLite: the unary + means that no index serves."""
+    return sql.literal_column(f"+{IndexRow.__tablename__}.{column.key}", column.type)
 
 
 # SQLite's text index; see migration 0002.
 _TEXT = sql.table("entry_text", sql.column("rowid"), sql.column("entry_text"))
 
 
-def _contains(words: Sequence[str], database: str, one_by_one: bool) -> Iterator[ColumnElement[bool]]:
+def _contains(words: Sequence[str], database: str, walking: bool) -> Iterator[ColumnElement[bool]]:
     if any("\0" in word for word in words):  # which no text in a database has
         yield false()
     elif database == "sqlite":
-        indexed = [word for word in words if len(word) >= TRIGRAM and not one_by_one]
+        indexed = [word for word in words if len(word) >= TRIGRAM]
         if indexed:
             quoted = " ".join('"' + word.replace('"', '""') + '"' for word in indexed)
-            yield _TEXT.c.rowid == IndexRow.key
-            yield _TEXT.c.entry_text.op("MATCH")(quoted)
+            matches = _TEXT.c.entry_text.op("MATCH")(quoted)
+            if walking:  # a set of all that match, which the walk asks
+                yield _without_index(IndexRow.key).in_(select(_TEXT.c.rowid).where(matches))
+            else:
+                yield _TEXT.c.rowid == IndexRow.key
+                yield matches
         for word in words:
             if word not in indexed:
                 yield func.instr(IndexRow.text, word) > 0
@@ -215,9 +249,8 @@ def _contains(words: Sequence[str], database: str, one_by_one: bool) -> Iterator
 
 def _speeds(machines: Sequence[str]) -> Any:
     """Each entry's best decode on these machines."""
-    return (
-        select(SpeedRow.key, func.max(SpeedRow.speed).label("speed"))
-        .where(SpeedRow.machine_fingerprint.in_(machines))
-        .group_by(SpeedRow.key)
-        .subquery()
-    )
+    there = SpeedRow.machine_fingerprint.in_(machines)
+    if len(machines) == 1:
+        return select(SpeedRow.key, SpeedRow.speed).where(there).subquery()
+    best = func.max(SpeedRow.speed).label("speed")
+    return select(SpeedRow.key, best).where(there).group_by(SpeedRow.key).subquery()

@@ -21,6 +21,7 @@ from sqlalchemy import (
     Connection,
     Engine,
     NullPool,
+    bindparam,
     create_engine,
     delete,
     event,
@@ -43,6 +44,7 @@ from sqlalchemy.exc import (
 )
 from sqlalchemy.orm import Session, selectinload
 
+from zoo import logs
 from zoo.entry import (
     Artifact,
     Benchmark,
@@ -76,7 +78,17 @@ from zoo.registry.models import (
     TrainingRow,
     VerificationRow,
 )
-from zoo.registry.query import MOST_COUNTED, Facets, Query, combinations, counted, first_matches, in_order
+from zoo.registry.query import (
+    MOST_COUNTED,
+    Facets,
+    Query,
+    combinations,
+    count,
+    counted,
+    first_matches,
+    in_order,
+    is_broad,
+)
 
 HEAD = "0003"  # the newest revision in migrations/versions; named here so that reading needs no Alembic
 MIGRATIONS = Path(__file__).parent / "migrations"
@@ -159,7 +171,9 @@ def open_registry(url: str, *, create: bool = True) -> Registry:
     Raises RegistryError: absent, older, newer, not writable, not a registry; UsageError: not a URL.
     """
     target = _parse(url)
-    name = target.render_as_string(hide_password=True)
+    for password in (target.password, *target.normalized_query.get("password", ())):
+        logs.hide(password)  # which a driver's message may quote
+    name = logs.redact(target.render_as_string(hide_password=True))
     if target.get_backend_name() == "sqlite":
         path = Path(target.database or "")
         name = str(path)
@@ -346,13 +360,17 @@ class Registry:
         """
         machines = self._fingerprints(query)
         with self.reading() as session:
-            page, count = first_matches(query, self._database, machines)
-            rows = session.execute(page).tuples().all()
-            total: int = rows[0][2] if rows else session.scalar(count) or 0
-            speeds = {entry_id: speed for entry_id, speed, _ in rows}
+            asked = (query, self._database, machines)
+            total, speeds = 0, {}
+            if is_broad(query):
+                total = session.scalar(count(*asked)) or 0
+            if total <= MOST_COUNTED:
+                rows = session.execute(first_matches(*asked)).tuples().all()
+                beyond = query.offset > 0 or query.limit == 0  # there may be matches, but none on this page
+                total = rows[0][2] if rows else (session.scalar(count(*asked)) or 0) if beyond else 0
+                speeds = {entry_id: speed for entry_id, speed, _ in rows}
             if total > MOST_COUNTED:
-                many = session.execute(in_order(query, self._database, machines))
-                speeds = dict(many.tuples().all())
+                speeds = dict(session.execute(in_order(*asked)).tuples().all())
             return Page(
                 total=min(total, MOST_COUNTED),
                 more=total > MOST_COUNTED,
@@ -410,10 +428,9 @@ class Registry:
         """The entries of these ids, in their order, with these speeds."""
         found = []
         for ids in batched(speeds, _BATCH):
-            rows = session.scalars(_with_parts(Summary).where(EntryRow.id.in_(ids)))
-            summaries = {row.id: self._read(Summary, row) for row in rows}
+            rows = _rows_of_summaries(session, ids)
             for entry_id in ids:
-                summary = summaries[entry_id]
+                summary = self._valid(Summary, rows[entry_id], entry_id)
                 shown = summary.figures.model_copy(update={"speed": speeds[entry_id]})
                 found.append(summary.model_copy(update={"figures": shown}))
         return found
@@ -480,11 +497,15 @@ class Registry:
         return row
 
     def _read(self, cls: type[R], row: Any) -> R:
+        return self._valid(cls, _fields(cls, row), row.id)
+
+    def _valid(self, cls: type[R], values: Mapping[str, Any], record_id: object) -> R:
         try:
-            return cls.model_validate(_fields(cls, row))
+            return cls.model_validate(values)
         except ValidationError as error:
+            name = f"{cls.__name__} {record_id}"
             raise RegistryError(
-                f"the registry {self.name} holds a record that this zoo cannot read: {cls.__name__} {row.id}",
+                f"the registry {self.name} holds a record that this zoo cannot read: {name}",
                 saw=str(error.errors()[0]["msg"]),
                 try_="restore registry.db from version control, or put the entry again with `zoo run`",
             ) from error
@@ -604,6 +625,53 @@ def _with_parts(cls: type[Record]) -> Any:
     return select(EntryRow).options(
         *parts, selectinload(EntryRow.benchmarks).selectinload(BenchmarkRow.machine)
     )
+
+
+def _plain(cls: type[Record], row: Any) -> list[Any]:
+    """The columns that are fields of `cls` as they are."""
+    return [getattr(row, name) for name in cls.model_fields if name not in (*_PARTS, *_SINGLE)]
+
+
+# What a page of a search shows, as plain rows: objects of the ORM take four times as long, and building these
+# statements as long as running them.
+_SHOWN = ("artifacts", "measurements", "benchmarks")
+_SUMMARY_ROWS = select(*_plain(Summary, EntryRow)).where(EntryRow.id.in_(bindparam("ids", expanding=True)))
+_FIGURES_ROWS = select(IndexRow.entry_id, *_plain(Figures, IndexRow)).where(
+    IndexRow.entry_id.in_(bindparam("ids", expanding=True))
+)
+_SHOWN_ROWS = {
+    name: select(
+        row.entry_id, *_plain(record, row), *([row.machine_fingerprint] if name == "benchmarks" else [])
+    )
+    .where(row.entry_id.in_(bindparam("ids", expanding=True)))
+    .order_by(row.entry_id, row.position)
+    for name, (record, row) in _PARTS.items()
+    if name in _SHOWN
+}
+_MACHINE_ROWS = select(*_plain(Machine, MachineRow)).where(
+    MachineRow.fingerprint.in_(bindparam("fingerprints", expanding=True))
+)
+
+
+def _rows_of_summaries(session: Session, ids: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """The fields of each entry's Summary, by id."""
+    asked = {"ids": ids}
+    found: dict[str, dict[str, Any]] = {
+        row["id"]: {**row, **{name: [] for name in _SHOWN}}
+        for row in session.execute(_SUMMARY_ROWS, asked).mappings()
+    }
+    for row in session.execute(_FIGURES_ROWS, asked).mappings():
+        found[row["entry_id"]]["figures"] = {name: row[name] for name in Figures.model_fields}
+    for name in _SHOWN:
+        rows = [dict(row) for row in session.execute(_SHOWN_ROWS[name], asked).mappings()]
+        if name == "benchmarks" and rows:
+            fingerprints = {"fingerprints": sorted({row["machine_fingerprint"] for row in rows})}
+            machines = {m["fingerprint"]: m for m in session.execute(_MACHINE_ROWS, fingerprints).mappings()}
+            for values in rows:
+                values["machine"] = dict(machines[values.pop("machine_fingerprint")])
+        for values in rows:
+            found[values.pop("entry_id")][name].append(values)
+    return found
 
 
 def batched(values: Iterable[V], size: int) -> Iterator[list[V]]:

@@ -1,0 +1,103 @@
+"""A model that another machine trained, as this store's output of a recipe's last step.
+
+`zoo run` then goes on from there: it measures, exports and verifies here. What is not known here is whether
+the training was the recipe's, so what can be seen of it is checked: shapes, zeros, grids and the loss curve.
+"""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import torch
+
+from pipelines import keys, sources
+from pipelines.checkpoint import Checkpoint
+from pipelines.recipe import Prune, Recipe, Recover, SparsityPattern
+from pipelines.recover.student import grids_of, linear_names
+from pipelines.recover.write import earlier
+from pipelines.run import link_or_copy, steps_keys
+from zoo.errors import UsageError
+from zoo.files import Store
+from zoo.progress import track
+
+
+def adopt(recipe: Recipe, folder: Path, store: Store) -> str:
+    """Put the model in `folder`, made by the recipe's steps elsewhere, into the store; returns its key.
+
+    `folder` is what `python -m pipelines.recover` left (its `model/` is taken), or the model itself. Raises
+    UsageError if the recipe does not end in training, or the model is not what its steps make.
+    """
+    step = recipe.steps[-1] if recipe.steps else None
+    if not isinstance(step, Recover):
+        raise UsageError("only what a recover step made can be adopted", saw=f"{recipe.name} ends otherwise")
+    model = folder / "model" if (folder / "model" / "config.json").is_file() else folder
+    base = sources.resolve(recipe.base, store)
+    _check(recipe, step, Checkpoint(model), Checkpoint(base.folder))
+    windows = keys.calibration(recipe, base.sha256)
+    key = steps_keys(recipe, base, windows, store)[-1]
+    with store.locked(key):
+        if store.get(key) is None:
+            with store.writing(key) as out:
+                for path in sorted(path for path in model.iterdir() if path.is_file()):
+                    link_or_copy(path, out / path.name)
+    return key
+
+
+def _check(recipe: Recipe, step: Recover, model: Checkpoint, base: Checkpoint) -> None:
+    where = model.folder
+    if model.shapes() != base.shapes():
+        raise UsageError(f"{where} is no model of {recipe.base}", expected="matrices of the same shapes")
+    curve = earlier(where)
+    budget = step.budget
+    rest = curve[-1].tokens - budget.tokens if curve and budget.tokens is not None else -1
+    in_time = bool(curve) and budget.seconds is not None and curve[-1].seconds >= budget.seconds
+    if not (0 <= rest < step.batch * step.length or in_time):
+        raise UsageError(
+            f"the training of {where} did not take the recipe's budget",
+            saw=f"{curve[-1].tokens:,} tokens, {curve[-1].seconds:.0f} s" if curve else "no training.json",
+            expected=", ".join(f"{name} {value:,}" for name, value in budget.model_dump().items() if value),
+            try_="python -m pipelines.recover ... --resume",
+        )
+    patterns = patterns_of(recipe, linear_names(model))
+    grids, scales = grids_of(step, model), model.grids()
+    for name in track(sorted({*patterns, *grids}), f"checking {where.name}"):
+        weight = model.tensors([f"{name}.weight"])[f"{name}.weight"].float()
+        pattern = patterns.get(name)
+        if pattern is not None and not _fits(weight, pattern):
+            kept = f"{pattern.keep} of {pattern.group} kept" if pattern.keep else f"{pattern.sparsity} of all"
+            raise UsageError(f"{where}: {name} does not have the recipe's zeros", expected=kept)
+        if name not in grids:
+            continue
+        if f"{name}.scale" not in scales:
+            raise UsageError(f"{where}: {name} is not rounded", expected=f"{grids[name].bits:g} bits")
+        if grids[name].symmetric:
+            scale = scales[f"{name}.scale"].repeat_interleave(grids[name].group or weight.shape[1], dim=1)
+            q = (weight / scale).round()
+            if int(q.abs().max()) > 1 << (grids[name].bits - 1) or not torch.equal(
+                (q * scale).to(torch.float16).float(), weight
+            ):
+                raise UsageError(f"{where}: {name} is not on the recipe's grid")
+
+
+def patterns_of(recipe: Recipe, names: list[str]) -> dict[str, SparsityPattern]:
+    """What the zeros of each layer are like after the recipe's last step that prunes it."""
+    found: dict[str, SparsityPattern] = {}
+    for step in recipe.steps:
+        prune = step if isinstance(step, Prune) else step.prune if isinstance(step, Recover) else None
+        if prune is None:
+            continue
+        for name in names:
+            pattern: SparsityPattern | None = prune.pattern
+            for override in prune.overrides:  # the last that matches counts
+                pattern = override.pattern if fnmatchcase(name, override.layers) else pattern
+            if pattern is not None:
+                found[name] = pattern
+    return found
+
+
+def _fits(weight: torch.Tensor, pattern: SparsityPattern) -> bool:
+    if pattern.keep is None:
+        return float((weight == 0).float().mean()) >= (pattern.sparsity or 0.0) - 1e-3
+    kept = (weight != 0).view(len(weight), -1, pattern.group or 1).sum(-1)
+    return int(kept.max()) == pattern.keep
