@@ -13,7 +13,7 @@ import torch
 
 from pipelines import keys, sources
 from pipelines.checkpoint import Checkpoint
-from pipelines.recipe import Prune, Recipe, Recover, SparsityPattern
+from pipelines.recipe import Prune, Recipe, Recover, Rounding, SparsityPattern
 from pipelines.recover.student import grids_of, linear_names
 from pipelines.recover.write import earlier
 from pipelines.run import link_or_copy, steps_keys
@@ -69,15 +69,11 @@ def _check(recipe: Recipe, step: Recover, model: Checkpoint, base: Checkpoint) -
             raise UsageError(f"{where}: {name} does not have the recipe's zeros", expected=kept)
         if name not in grids:
             continue
-        if f"{name}.scale" not in scales:
-            raise UsageError(f"{where}: {name} is not rounded", expected=f"{grids[name].bits:g} bits")
-        if grids[name].symmetric:
-            scale = scales[f"{name}.scale"].repeat_interleave(grids[name].group or weight.shape[1], dim=1)
-            q = (weight / scale).round()
-            if int(q.abs().max()) > 1 << (grids[name].bits - 1) or not torch.equal(
-                (q * scale).to(torch.float16).float(), weight
-            ):
-                raise UsageError(f"{where}: {name} is not on the recipe's grid")
+        if not _on_grid(weight, scales.get(f"{name}.scale"), grids[name]):
+            group = f"groups of {grids[name].group}" if grids[name].group else "a scale per row"
+            raise UsageError(
+                f"{where}: {name} is not on the recipe's grid", expected=f"{grids[name].bits} bits, {group}"
+            )
 
 
 def patterns_of(recipe: Recipe, names: list[str]) -> dict[str, SparsityPattern]:
@@ -94,6 +90,20 @@ def patterns_of(recipe: Recipe, names: list[str]) -> dict[str, SparsityPattern]:
             if pattern is not None:
                 found[name] = pattern
     return found
+
+
+def _on_grid(weight: torch.Tensor, scale: torch.Tensor | None, rounding: Rounding) -> bool:
+    """Whether weights (rows, columns) are float16 of integers times scale (rows, groups)."""
+    rows, columns = weight.shape
+    group = rounding.group or columns
+    if scale is None or scale.shape != (rows, columns // group):
+        return False
+    if not rounding.symmetric:
+        return True  # packing tells
+    steps = scale.repeat_interleave(group, dim=1)
+    q = (weight / steps).round()
+    exact = torch.equal((q * steps).to(torch.float16).float(), weight)
+    return exact and int(q.abs().max()) <= 1 << (rounding.bits - 1)
 
 
 def _fits(weight: torch.Tensor, pattern: SparsityPattern) -> bool:

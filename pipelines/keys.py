@@ -105,10 +105,12 @@ def perplexity(passage: Passage, subject: Subject, model: str) -> str:
     return stage_key("perplexity", subject, model, _passage(passage), code=EVALUATION_CODE)
 
 
-def by_protocol(setting: Evaluation) -> Mapping[tuple[int, int | None], list[str]]:
-    """Tasks that one call of the harness can take together, by (few_shot, limit)."""
+def by_protocol(setting: Evaluation, subject: Subject) -> Mapping[tuple[int, int | None], list[str]]:
+    """Tasks of a subject that one call of the harness can take together, by (few_shot, limit)."""
     groups: dict[tuple[int, int | None], list[str]] = {}
     for task in setting.tasks:
+        if subject == "base" and not task.base:
+            continue
         groups.setdefault((task.few_shot, task.limit), []).append(task.name)
     return groups
 
@@ -181,7 +183,7 @@ def expected(
     for subject, key, of_tasks in subjects:
         for passage in setting.perplexity:
             found += [(f"perplexity of the {subject}", perplexity(passage, subject, key))]
-        for (few_shot, limit), names in by_protocol(setting).items():
+        for (few_shot, limit), names in by_protocol(setting, subject).items():
             name = f"{', '.join(names)} of the {subject}"
             found.append((name, tasks(names, few_shot, limit, data, subject, of_tasks)))
     if setting.fidelity is not None:

@@ -39,7 +39,7 @@ def open_lm(path: Path, threads: int | None, batch_size: int | None) -> tuple[LM
         names = {number: name for name, number in TYPES.items()}
         return gguf, f"{names.get(gguf.file_type, 'unknown type')}, llama.cpp"
     if path.suffix == ".safetensors":
-        packed = zoo_sparse.ZooSparse(str(path), max_length=CONTEXT, threads=threads)
+        packed = zoo_sparse.ZooSparse(str(path), threads=threads)  # which takes CONTEXT at most by itself
         return packed, f"packed, {native.ISA if native.AVAILABLE else 'NumPy'}"
     if threads is not None:
         torch.set_num_threads(threads)

@@ -373,6 +373,7 @@ class Task(Part):
     name: str = Field(description="any task of lm-eval, or zoo_choice, which comes with this project")
     few_shot: int = Field(0, ge=0)
     limit: int | None = Field(None, ge=1, description="first questions only; null: all")
+    base: bool = Field(True, description="ask the base too, with transformers, which takes long on a CPU")
 
 
 class Evaluation(Part):

@@ -375,7 +375,7 @@ def _measured(
                 keys.perplexity(passage, subject, subject_key),
                 partial(_perplexity, work, passage, subject),
             )
-        for (few_shot, limit), names in keys.by_protocol(setting).items():
+        for (few_shot, limit), names in keys.by_protocol(setting, subject).items():
             found += _stage_of_measurements(
                 run_,
                 f"{', '.join(names)} of the {subject}",

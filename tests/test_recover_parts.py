@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from pydantic import TypeAdapter
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 from pipelines.masks import Grouped, Unstructured
-from pipelines.recipe import PruneInTraining, Rounding
+from pipelines.recipe import PruneInTraining, Recover, Rounding
 from pipelines.recover import losses as recover_losses
 from pipelines.recover.data import Blocks, open_tokens, write_tokens
 from pipelines.recover.losses import (
@@ -25,10 +26,13 @@ from pipelines.recover.losses import (
     weight_error,
 )
 from pipelines.recover.masks import cubic, pattern_at, regrown_fraction, snip_masks, updated_mask
+from pipelines.recover.resample import alternatives
 from pipelines.recover.rounding import RoundedLinear, add_rounder, check_exact
 from pipelines.recover.train import schedule, thinned
+from tests.tiny import VOCABULARY, tiny_llama
 from zoo.entry import TrainingPoint
 from zoo.errors import CalibrationError, NumericsError, PatternError
+from zoo.files import Store
 from zoo.runner.format import Layout, fits
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -320,6 +324,56 @@ def test_every_block_once_a_pass_whatever_the_batches(tmp_path: Path) -> None:
     pieces = [blocks.at(range(i, i + 3)) for i in range(0, 2 * blocks.count, 3)]
     assert torch.equal(torch.cat(pieces), whole)
     assert torch.equal(Blocks([a, b], 8, seed=3).at([50]), whole[50:51]), "no matter what was asked before"
+
+
+def test_alternatives_replace_some_tokens_after_the_first_pass() -> None:
+    ids = np.arange(0, 3200, dtype=np.uint16)
+    others = np.stack([ids + 10_000, ids + 20_000], axis=1)
+    blocks = Blocks([ids], 32, 5, [others], 0.25)
+    plain = Blocks([ids], 32, 5)
+    first, later = range(blocks.count), range(blocks.count, 9 * blocks.count)
+    assert torch.equal(blocks.at(first), plain.at(first)), "text that was not seen before is left as it is"
+    changed = blocks.at(later) - plain.at(later)
+    values, counts = changed.unique(return_counts=True)
+    assert values.tolist() == [0, 10_000, 20_000], "each is its own token, or a sample for its very place"
+    rates = (counts / counts.sum()).tolist()
+    # 25,600 draws: the standard error of a rate of 1/8 is 0.002
+    assert rates == pytest.approx([0.75, 0.125, 0.125], abs=0.012)
+    one, two = changed[: blocks.count] != 0, changed[blocks.count : 2 * blocks.count] != 0
+    assert not torch.equal(one, two), "every pass has a choice of its own"
+    assert torch.equal(blocks.at([250]), Blocks([ids], 32, 5, [others], 0.25).at([250])), "resumes alike"
+
+
+def test_samples_follow_the_teachers_distribution(tmp_path: Path) -> None:
+    folder = tiny_llama(tmp_path / "teacher", dtype=torch.float32)
+    ids = torch.randint(0, VOCABULARY, (1, 16), generator=torch.Generator().manual_seed(2))
+    text = ids.repeat(400, 1).flatten()
+    np.save(tmp_path / "tokens.npy", np.append(text.numpy(), [5, 6, 7]).astype(np.uint16))
+    step = Recover.model_validate(
+        {"kind": "recover", "data": [{"source": "x.npy"}], "budget": {"tokens": 1}, "length": 16,
+         "resample": {"samples": 5}}
+    )  # fmt: skip
+    store = Store(tmp_path / "store")
+    arguments = step, [tmp_path / "tokens.npy"], folder, "name", store
+    (path,) = alternatives(*arguments)
+    made = open_tokens(path, VOCABULARY, dimensions=2)
+    assert made.shape == (len(text) + 3, 5) and made.dtype == np.uint16
+    assert (made[len(text) :] == [[5], [6], [7]]).all(), "what fills no block stays"
+    blocks = made[: len(text)].reshape(400, 16, 5)
+    assert (blocks[:, 0] == int(ids[0, 0])).all(), "nothing comes before a block's first token"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    with torch.no_grad():
+        expected = model(ids).logits[0].softmax(-1).numpy()
+    for place in (1, 7, 15):
+        drawn = np.bincount(blocks[:, place].ravel(), minlength=VOCABULARY) / 2000
+        p = expected[place - 1]
+        # the sum over outcomes of (o - e)^2 / e is chi-squared; its mean and variance are known
+        chi = float((2000 * (drawn - p) ** 2 / p).sum())
+        assert abs(chi - (VOCABULARY - 1)) < 6 * (2 * VOCABULARY + float((1 / p).sum()) / 2000) ** 0.5
+    before = path.stat().st_mtime_ns
+    assert alternatives(*arguments) == [path] and path.stat().st_mtime_ns == before, "made once"
+    plain = step.model_copy(update={"resample": None})
+    assert alternatives(plain, *arguments[1:]) == []
 
 
 def test_token_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:

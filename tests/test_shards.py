@@ -218,19 +218,19 @@ def test_an_evaluation_that_is_killed_takes_its_workers_along_and_is_continued(
     assert all(path.stat().st_mtime_ns == at for path, at in finished.items())
 
 
-def in_one_and_in_three(folder: Path, tasks: list[str], store: Path, **settings: Any) -> list[Measurement]:
-    """The figures, after checking that one process and three find the very same, in several shards."""
+def in_one_and_in_many(folder: Path, tasks: list[str], store: Path, **settings: Any) -> list[Measurement]:
+    """The figures, after checking that one process and one per shard find the very same."""
     found = []
-    for workers in (1, 3):
+    for workers in (1, 99):
         work = work_on(folder, "model", Store(store / f"{workers}"), workers)
         found.append(lm_eval_tasks(folder, tasks, subject="entry", work=work, **settings))
     assert found[0] == found[1]
-    assert len(Store(store / "3").keys()) >= 3
+    assert len(Store(store / "99").keys()) >= 2
     return found[0]
 
 
-def test_a_task_in_three_processes_has_the_figures_of_one(tmp_path: Path) -> None:
-    found = in_one_and_in_three(tiny_llama(tmp_path / "model"), ["zoo_choice"], tmp_path)
+def test_a_task_in_two_processes_has_the_figures_of_one(tmp_path: Path) -> None:
+    found = in_one_and_in_many(tiny_llama(tmp_path / "model"), ["zoo_choice"], tmp_path)
     assert [(f.samples, f.context_length, f.dtype) for f in found] == [(284, 512, "float32")] * 2
 
 
@@ -244,8 +244,8 @@ def test_every_kind_of_model_has_the_figures_of_one_process(kind: str, tmp_path:
         model = export_gguf(model, tmp_path / "out", ["Q8_0"], name="tiny", license=None)["Q8_0"]
     if kind == "packed":
         model = pack_folder(model, tmp_path)[0].path
-    settings: dict[str, Any] = {"few_shot": 2, "limit": 60, "data": DATA}
-    found = in_one_and_in_three(model, ["arc_easy"], tmp_path, **settings)
+    settings: dict[str, Any] = {"few_shot": 2, "limit": 60, "data": DATA}  # three shards
+    found = in_one_and_in_many(model, ["arc_easy"], tmp_path, **settings)
     assert [f.samples for f in found] == [60, 60]
 
 
