@@ -21,7 +21,7 @@ from pipelines.export_gguf import export_gguf
 from tests.example import entry
 from tests.process import Done, Zoo, program, refused, small_disk
 from tests.tiny import tiny_llama, tiny_mpt
-from zoo.files import file_table
+from zoo.files import Store, file_table
 from zoo.registry import open_registry
 
 NOBODY = 65534
@@ -117,7 +117,7 @@ def test_malformed_yaml(bench: Bench, text: str, told: list[str]) -> None:
     ("changes", "told"),
     [
         ({"stepz": []}, ["stepz", "steps"]),
-        ({"steps": []}, ["steps"]),
+        ({"steps": {}}, ["steps"]),
         ({"name": "Not An Id"}, ["line 13", "name"]),
         ({"name": "../escape"}, ["name"]),
         ({"steps": [{"kind": "prune", "method": "wanda", "pattern": {"keep": 9, "group": 8}}]}, ["9 of 8"]),
@@ -400,9 +400,10 @@ def test_a_full_disk(bench: Bench, llama: Path, kilobytes: int) -> None:
         refused(done, 1, "no space left to write", str(disk), "MB free", "--store")
         assert not any((store / "partial").glob("*"))
         bench.nothing_is_lost()
-        finished = sorted(path.name for path in (store / "objects").glob("*/*"))
+        there = {path.name for path in (store / "objects").glob("*/*")}  # the answers of shards are, too
         recorded = open_registry(str(bench.registry)).runs()[0].stages
-        assert finished == sorted(stage.key for stage in recorded if stage.status == "done")
+        finished = {stage.key for stage in recorded if stage.status == "done"}
+        assert finished <= there and not any(Store(store).damage(key) for key in there)
         for path in (store / "objects").rglob("*"):
             assert not path.is_file() or path.stat().st_size > 0
         if kilobytes != 1400:
