@@ -6,6 +6,7 @@ the training was the recipe's, so what can be seen of it is checked: shapes, zer
 
 from __future__ import annotations
 
+import shutil
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -13,10 +14,10 @@ import torch
 
 from pipelines import keys, sources
 from pipelines.checkpoint import Checkpoint
+from pipelines.grids import Grid
 from pipelines.recipe import Prune, Recipe, Recover, Rounding, SparsityPattern
 from pipelines.recover.student import grids_of, linear_names
 from pipelines.recover.write import earlier
-from pipelines.run import link_or_copy, steps_keys
 from zoo.errors import UsageError
 from zoo.files import Store
 from zoo.progress import track
@@ -35,12 +36,12 @@ def adopt(recipe: Recipe, folder: Path, store: Store) -> str:
     base = sources.resolve(recipe.base, store)
     _check(recipe, step, Checkpoint(model), Checkpoint(base.folder))
     windows = keys.calibration(recipe, base.sha256)
-    key = steps_keys(recipe, base, windows, store)[-1]
+    key = keys.steps(recipe, base.sha256, windows, lambda s: sources.resolve(s, store).sha256)[-1]
     with store.locked(key):
         if store.get(key) is None:
             with store.writing(key) as out:
                 for path in sorted(path for path in model.iterdir() if path.is_file()):
-                    link_or_copy(path, out / path.name)
+                    shutil.copyfile(path, out / path.name)  # no link: the folder is its owner's to change
     return key
 
 
@@ -69,7 +70,7 @@ def _check(recipe: Recipe, step: Recover, model: Checkpoint, base: Checkpoint) -
             raise UsageError(f"{where}: {name} does not have the recipe's zeros", expected=kept)
         if name not in grids:
             continue
-        if not _on_grid(weight, scales.get(f"{name}.scale"), grids[name]):
+        if not _on_grid(weight, scales.get(f"{name}.scale"), scales.get(f"{name}.zero_point"), grids[name]):
             group = f"groups of {grids[name].group}" if grids[name].group else "a scale per row"
             raise UsageError(
                 f"{where}: {name} is not on the recipe's grid", expected=f"{grids[name].bits} bits, {group}"
@@ -92,22 +93,28 @@ def patterns_of(recipe: Recipe, names: list[str]) -> dict[str, SparsityPattern]:
     return found
 
 
-def _on_grid(weight: torch.Tensor, scale: torch.Tensor | None, rounding: Rounding) -> bool:
-    """Whether weights (rows, columns) are float16 of integers times scale (rows, groups)."""
+def _on_grid(
+    weight: torch.Tensor, scale: torch.Tensor | None, zero: torch.Tensor | None, rounding: Rounding
+) -> bool:
+    """Whether weights (rows, columns) are float16 of values on the grid of scale and zero (rows, groups)."""
     rows, columns = weight.shape
     group = rounding.group or columns
-    if scale is None or scale.shape != (rows, columns // group):
+    shape = (rows, columns // group)
+    if columns % group or scale is None or scale.shape != shape or (zero is None) != rounding.symmetric:
         return False
-    if not rounding.symmetric:
-        return True  # packing tells
-    steps = scale.repeat_interleave(group, dim=1)
-    q = (weight / steps).round()
-    exact = torch.equal((q * steps).to(torch.float16).float(), weight)
-    return exact and int(q.abs().max()) <= 1 << (rounding.bits - 1)
+    if zero is not None and zero.shape != shape:
+        return False
+    rounded = Grid(rounding.bits, group, scale, None if zero is None else zero.float()).round(weight)
+    if zero is None:
+        return torch.equal(rounded.to(torch.float16).float(), weight)
+    # training adds a float16 minimum: the same but for the last bits, of float16 or of what cancels out
+    return torch.allclose(rounded, weight, rtol=2**-10, atol=1e-5 * float(scale.abs().max()))
 
 
 def _fits(weight: torch.Tensor, pattern: SparsityPattern) -> bool:
     if pattern.keep is None:
         return float((weight == 0).float().mean()) >= (pattern.sparsity or 0.0) - 1e-3
+    if weight.shape[1] % (pattern.group or 1):
+        return False
     kept = (weight != 0).view(len(weight), -1, pattern.group or 1).sum(-1)
     return int(kept.max()) == pattern.keep

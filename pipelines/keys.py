@@ -149,6 +149,24 @@ def step_name(number: int, step: Prune | Quantize | Recover) -> str:
     return f"{number}. recover" if isinstance(step, Recover) else f"{number}. {step.kind} ({step.method})"
 
 
+def steps(
+    recipe: Recipe, base_sha256: str, windows: str, sha256_of: Callable[[str], str | None]
+) -> list[str]:
+    """The key of each step's output, up to a step whose teacher `sha256_of` does not know."""
+    found: list[str] = []
+    model = base_sha256
+    for step in recipe.steps:
+        if isinstance(step, Recover):
+            teacher = base_sha256 if step.teacher is None else sha256_of(step.teacher)
+            if teacher is None:
+                return found
+            model = recovery(step, model, teacher)
+        else:
+            model = compression(step, model, windows)
+        found.append(model)
+    return found
+
+
 def expected(
     recipe: Recipe, base_sha256: str, sha256_of: Callable[[str], str | None]
 ) -> list[tuple[str, str]]:
@@ -161,16 +179,12 @@ def expected(
     windows = calibration(recipe, base_sha256)
     if windows:
         found.append(("calibrate", windows))
-    model = base_sha256
-    for number, step in enumerate(recipe.steps, 1):
-        if isinstance(step, Recover):
-            teacher = base_sha256 if step.teacher is None else sha256_of(step.teacher)
-            if teacher is None:
-                return found
-            model = recovery(step, model, teacher)
-        else:
-            model = compression(step, model, windows)
-        found.append((step_name(number, step), model))
+    outputs = steps(recipe, base_sha256, windows, sha256_of)
+    for number, (step, key) in enumerate(zip(recipe.steps, outputs, strict=False), 1):
+        found.append((step_name(number, step), key))
+    if len(outputs) < len(recipe.steps):
+        return found
+    model = outputs[-1] if outputs else base_sha256
     setting = recipe.evaluation
     data = None if setting.data is None else text.expand(setting.data)
     if packs(recipe):

@@ -277,7 +277,12 @@ def _compressed(recipe: Recipe, base: sources.Base, run_: Run) -> tuple[Path, st
     """The compressed model folder and its key. What comes before a step that is in the store is not made."""
     windows = None
     windows_key = keys.calibration(recipe, base.sha256)
-    outputs = steps_keys(recipe, base, windows_key, run_.store)
+    teachers = {
+        step.teacher: base if step.teacher is None else sources.resolve(step.teacher, run_.store)
+        for step in recipe.steps
+        if isinstance(step, Recover)
+    }
+    outputs = keys.steps(recipe, base.sha256, windows_key, lambda source: teachers[source].sha256)
     there = [number for number, key in enumerate(outputs, 1) if run_.store.get(key) is not None]
     last = max(there, default=0)
     needed = [number for number in range(1, len(outputs) + 1) if number >= last or number in there]
@@ -288,41 +293,21 @@ def _compressed(recipe: Recipe, base: sources.Base, run_: Run) -> tuple[Path, st
             lambda out: calibrate.calibrate(recipe.calibration, base.folder, out),
         )
         windows = calibrate.load_windows(folder)
-    model, key = base.folder, base.sha256
-    for number, step in enumerate(recipe.steps, 1):
+    model = base.folder
+    for number, (step, key) in enumerate(zip(recipe.steps, outputs, strict=True), 1):
+        name = keys.step_name(number, step)
         if number not in needed:
-            key = outputs[number - 1]
+            pass
         elif isinstance(step, Recover):
-            model, key = _recovered(step, number, (model, key), base, run_)
+            model = _recovered(step, name, key, model, teachers[step.teacher], run_)
         else:
-            key = keys.compression(step, key, windows_key)
-            work = partial(compress.run_step, step, model, windows=windows)
-            model = run_.stage(keys.step_name(number, step), key, work)
-        run_.reached(keys.step_name(number, step))
-    return model, key
+            model = run_.stage(name, key, partial(compress.run_step, step, model, windows=windows))
+        run_.reached(name)
+    return model, outputs[-1] if outputs else base.sha256
 
 
-def steps_keys(recipe: Recipe, base: sources.Base, windows_key: str, store: Store) -> list[str]:
-    """The key of each step's output."""
-    found = []
-    key = base.sha256
-    for step in recipe.steps:
-        if isinstance(step, Recover):
-            teacher = base if step.teacher is None else sources.resolve(step.teacher, store)
-            key = keys.recovery(step, key, teacher.sha256)
-        else:
-            key = keys.compression(step, key, windows_key)
-        found.append(key)
-    return found
-
-
-def _recovered(
-    step: Recover, number: int, model: tuple[Path, str], base: sources.Base, run_: Run
-) -> tuple[Path, str]:
-    """The trained model folder and its key. A training that was interrupted goes on from its last state."""
-    folder, before = model
-    teacher = base if step.teacher is None else sources.resolve(step.teacher, run_.store)
-    key = keys.recovery(step, before, teacher.sha256)
+def _recovered(step: Recover, name: str, key: str, folder: Path, teacher: sources.Base, run_: Run) -> Path:
+    """The trained model folder. A training that was interrupted goes on from its last state."""
     state = run_.store.root / "training" / key
 
     def work(out: Path) -> None:
@@ -331,9 +316,9 @@ def _recovered(
         recover(Job(step=step, student=folder, teacher=teacher.folder, tokens=tokens, alternatives=others,
                     out=out, state=state))  # fmt: skip
 
-    trained = run_.stage(keys.step_name(number, step), key, work)
+    trained = run_.stage(name, key, work)
     shutil.rmtree(state, ignore_errors=True)
-    return trained, key
+    return trained
 
 
 def _packed(recipe: Recipe, model: tuple[Path, str], run_: Run) -> tuple[Path, str] | None:

@@ -24,7 +24,7 @@ from lm_eval.api.registry import register_model
 from numpy.typing import NDArray
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from pipelines.zoo_sparse import CALL, Score, fitted, generation, rolling
+from pipelines.zoo_sparse import CALL, Score, fitted, prompted, rolling
 from zoo.errors import FormatError, UsageError
 from zoo.formats import check_gguf
 from zoo.runner.sample import Options, sample
@@ -100,11 +100,7 @@ class ZooGguf(TemplateLM):  # type: ignore[misc]
         return rolling(self, requests, disable_tqdm)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        options = [generation(request.args[1], self.max_length) for request in requests]
-        prompts = [
-            self.tok_encode(request.args[0])[chosen.max_tokens - self.max_length :]
-            for request, chosen in zip(requests, options, strict=True)
-        ]
+        prompts, options = prompted(self, requests)
         answers = [""] * len(requests)
         bar = tqdm(total=len(requests), disable=disable_tqdm, desc="answers")
         order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))

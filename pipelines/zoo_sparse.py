@@ -119,11 +119,7 @@ class ZooSparse(TemplateLM):  # type: ignore[misc]
         return rolling(self, requests, disable_tqdm)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        options = [generation(request.args[1], self.max_length) for request in requests]
-        prompts = [
-            self.tok_encode(request.args[0])[chosen.max_tokens - self.max_length :]
-            for request, chosen in zip(requests, options, strict=True)
-        ]
+        prompts, options = prompted(self, requests)
         answers = [""] * len(requests)
         bar = tqdm(total=len(requests), disable=disable_tqdm, desc="answers")
         for index, _, result in self.model.run(prompts, options):
@@ -154,7 +150,17 @@ def rolling(lm: TemplateLM, requests: Sequence[Instance], disable_tqdm: bool) ->
     return totals
 
 
-def generation(arguments: dict[str, Any], longest: int) -> Options:
+def prompted(model: Any, requests: Sequence[Instance]) -> tuple[list[list[int]], list[Options]]:
+    """Token ids of prompts, cut on the left so that the answers fit, and how to go on with each."""
+    options = [_generation(request.args[1], model.max_length) for request in requests]
+    prompts = [
+        model.tok_encode(request.args[0])[chosen.max_tokens - model.max_length :]
+        for request, chosen in zip(requests, options, strict=True)
+    ]
+    return prompts, options
+
+
+def _generation(arguments: dict[str, Any], longest: int) -> Options:
     """Of what a task says of generation, in the words of transformers. longest: the model's context."""
     chosen = normalize_gen_kwargs(arguments, MAX_TOKENS)
     if chosen["max_gen_toks"] >= longest:

@@ -129,3 +129,17 @@ def test_changed_weights_and_other_models_are_refused(base: Path, trained: Path,
         adopt(other, trained, store)
     key = adopt(right, trained, store)
     assert adopt(right, trained, store) == key and store.get(key) is not None
+
+
+@pytest.mark.parametrize("zero_point", ["integer", "float16"])
+def test_asymmetric_grids_are_checked_too(base: Path, tmp_path: Path, zero_point: str) -> None:
+    def learned(bits: int) -> dict[str, object]:
+        grid = {"bits": bits, "group": 32, "symmetric": False, "zero_point": zero_point}
+        return {**RECOVER, "budget": {"tokens": 128 * 4}, "quantize": {"grid": grid, "start": 0.0}}
+
+    right = recipe(tmp_path, base, steps=[learned(4)])
+    main(["--model", str(base), "--recipe", str(right), "--out", str(tmp_path / "out")])
+    store = Store(tmp_path / "store")
+    assert store.get(adopt(load(right), tmp_path / "out", store)) is not None
+    with pytest.raises(UsageError, match="recipe's grid"):
+        adopt(load(recipe(tmp_path, base, steps=[learned(3)])), tmp_path / "out", store)
