@@ -12,11 +12,16 @@ RECIPE := pipelines/recipes/smollm2-135m-8of16-w4.yaml
 
 .PHONY: demo test lint clean
 
+# What is made here is recorded in a registry of its own, which git ignores, beside the repository's entries.
+demo: export ZOO_REGISTRY := .zoo/registry.db
 demo: $(READY)
+	@echo "== Recording in $$ZOO_REGISTRY, which git ignores, beside the entries of registry.db"
+	$(BIN)/zoo registry merge registry.db --prefer ours
 	@echo "== Compressing SmolLM2-135M to 8 of 16 weights in 4 bits: about 10 minutes on 2 cores"
 	$(BIN)/zoo run $(RECIPE)
 	@echo "== Publishing it on a server of its own, pulling it into an empty cache, and generating from that"
 	$(BIN)/python -m pipelines.demo $$(sed -n 's/^name: //p' $(RECIPE))
+	@echo "== Done. For zoo list, zoo app and all others to know it: export ZOO_REGISTRY=$$ZOO_REGISTRY"
 
 test: $(READY) lint
 	@echo "== Tests, those on real models included: about 25 minutes on 2 cores"
@@ -42,4 +47,4 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .zoo build dist
+	rm -rf $(VENV) build dist

@@ -11,9 +11,9 @@ from app import charts, lineage
 from app.commands import commands
 from app.pareto import setting
 from app.parts import compare_link, entry_link, ink, kept_view, registry, status_badge
-from app.text import REASON_LIMIT, card, code, escape
-from cards.render import figure, kinds_of_layers, percent, size
-from zoo.compare import describe, pairs
+from app.text import REASON_LIMIT, card, code, escape, plain
+from cards.render import figure, kinds_of_layers, measured, percent, size
+from zoo.compare import describe, gguf_files, gguf_tasks, pairs
 from zoo.entry import Benchmark, Entry
 from zoo.registry import Query, Registry
 from zoo.registry.figures import figures
@@ -160,8 +160,8 @@ def _compression(entry: Entry, _: Registry) -> None:
 
 
 def _accuracy(entry: Entry, _: Registry) -> None:
-    measured = pairs(entry.measurements)
-    if not measured:
+    figures_ = pairs(entry.measurements)
+    if not figures_:
         st.info("Nothing was measured of this entry.")
         return
     st.caption(
@@ -169,7 +169,7 @@ def _accuracy(entry: Entry, _: Registry) -> None:
         "Figures of another text, context length or harness are not comparable."
     )
     with st.grid(min_column_width=330, border=True):
-        for number, pair in enumerate(measured):
+        for number, pair in enumerate(figures_):
             m = pair.entry
             arrow = "↑ higher is better" if m.direction == "higher_is_better" else "↓ lower is better"
             unit = "" if m.unit == "1" else f" ({escape(m.unit, 20)})"
@@ -182,10 +182,31 @@ def _accuracy(entry: Entry, _: Registry) -> None:
                     f"{arrow} · {escape(describe(m))} · {escape(m.harness, 60)}, {escape(m.dtype, 20)}"
                     + ("" if pair.base else " · the base was not measured so")
                 )
+    _gguf_files(entry)
     if entry.training:
         last = entry.training[-1]
         st.markdown(f"**Recovery training**, {last.tokens:,} tokens in {last.seconds / 60:.1f} minutes")
         st.altair_chart(charts.loss(entry.training), key="loss", alt="Loss over the tokens trained on")
+
+
+def _gguf_files(entry: Entry) -> None:
+    files, tasks = gguf_files(entry), gguf_tasks(entry)
+    if not files:
+        return
+    st.markdown("**Of the GGUF files**, in llama.cpp: the same text and tasks, of these the accuracy")
+    rows = []
+    for one in files:
+        row = {
+            "file": one.file.path,
+            "size": size(one.file.size),
+            "bits per weight": figure(one.bits_per_weight),
+            "perplexity ↓": measured(one.perplexity),
+        }
+        row |= {f"{plain(task, 80)} ↑": measured(one.accuracies.get(task)) for task in tasks}
+        if len(tasks) > 1:
+            row["mean accuracy ↑"] = figure(one.accuracy)
+        rows.append({**row, "decode token/s": figure(one.decode)})
+    st.dataframe(rows, hide_index=True, height="content")
 
 
 def _speed(entry: Entry, _: Registry) -> None:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
-from zoo.compare import WEIGHTS, describe, protocol
+from zoo.compare import WEIGHTS, describe, own, protocol
 from zoo.entry import Artifact, Benchmark, Direction, Measurement, Record
 from zoo.registry import Summary
 
@@ -78,7 +78,7 @@ def metrics(summaries: Iterable[Summary]) -> dict[str, Measurement]:
     """Every way in which entries were measured, the commonest first, by a name that no other has."""
     counts: dict[tuple[object, ...], int] = {}
     examples: dict[tuple[object, ...], Measurement] = {}
-    for m in (m for s in summaries for m in s.measurements if m.subject == "entry"):
+    for m in (m for s in summaries for m in own(s.measurements) if m.subject == "entry"):
         counts[protocol(m)] = counts.get(protocol(m), 0) + 1
         examples.setdefault(protocol(m), m)
     named: dict[str, Measurement] = {}
@@ -141,7 +141,8 @@ def _point(summary: Summary, name: str, form: str, kind: Kind, cost: float, meas
 
 def _measured(summary: Summary, like: Measurement, subject: str) -> Measurement | None:
     alike = protocol(like)
-    return next((m for m in summary.measurements if m.subject == subject and protocol(m) == alike), None)
+    measured = own(summary.measurements)
+    return next((m for m in measured if m.subject == subject and protocol(m) == alike), None)
 
 
 def _forms(summary: Summary, cost: Cost, at: Setting | None) -> list[tuple[str, Kind, float]]:

@@ -10,6 +10,7 @@ from pathlib import Path
 import streamlit as st
 
 from app.text import REASON_LIMIT, escape
+from zoo.compare import own
 from zoo.entry import Measurement, Status
 from zoo.errors import ZooError
 from zoo.logs import redact
@@ -108,7 +109,7 @@ def perplexity_of(summary: Summary) -> Measurement | None:
     return next(
         (
             m
-            for m in summary.measurements
+            for m in own(summary.measurements)
             if m.subject == "entry" and m.metric == "perplexity" and m.value == summary.figures.perplexity
         ),
         None,

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from zoo.compare import Pair, describe, pairs
+from zoo.compare import Pair, describe, gguf_files, gguf_tasks, own, pairs
 from zoo.entry import Artifact, Entry, Layer, Measurement, TrainingPoint
 
 # Licences that the Hub knows by these names; any other is "other" with a name of its own.
@@ -49,6 +49,7 @@ def render(entry: Entry) -> str:
         percent=percent,
         size=size,
         figure=figure,
+        measured=measured,
         shell=shlex.quote,
     )
     body = environment.get_template("card.md.j2").render(
@@ -56,6 +57,8 @@ def render(entry: Entry) -> str:
         summary=_summary(entry),
         kinds=kinds_of_layers(entry.layers),
         pairs=pairs(entry.measurements),
+        ggufs=gguf_files(entry),
+        gguf_tasks=gguf_tasks(entry),
         machines=list({b.machine.fingerprint: b.machine for b in entry.benchmarks}.values()),
         gguf=_recommended_gguf(entry),
         packed=next((a for a in entry.artifacts if a.kind == "packed" and _passed(entry, a)), None),
@@ -87,7 +90,7 @@ def metadata(entry: Entry) -> ModelCardData:
         pipeline_tag="text-generation",
         tags=_tags(entry),
         model_name=_plain(entry.id),
-        eval_results=[_eval_result(m) for m in entry.measurements if m.subject == "entry"] or None,
+        eval_results=[_eval_result(m) for m in _own(entry)] or None,
     )
 
 
@@ -122,6 +125,10 @@ def _eval_result(m: Measurement) -> EvalResult:
         metric_value=m.value,
         metric_args={name: value for name, value in arguments.items() if value is not None},
     )
+
+
+def _own(entry: Entry) -> list[Measurement]:
+    return [m for m in own(entry.measurements) if m.subject == "entry"]
 
 
 # --- text of an entry inside Markdown ---------------------------------------------------------------
@@ -176,6 +183,13 @@ def figure(value: float | None, signed: bool = False) -> str:
         return "–"
     shown = f"{value:{'+' if signed else ''}.4g}"
     return shown if "e" not in shown or abs(value) < 1e-4 else f"{value:{'+' if signed else ''},.0f}"
+
+
+def measured(m: Measurement | None) -> str:
+    """A measurement's value and one standard error."""
+    if m is None:
+        return figure(None)
+    return figure(m.value) + ("" if m.stderr is None else f" ± {figure(m.stderr)}")
 
 
 # --- what the template shows ------------------------------------------------------------------------
@@ -340,7 +354,7 @@ def limitations(entry: Entry) -> list[str]:
         found.append("Its speed was not measured.")
     else:
         found.append("Speed was measured on the machines named above only; another machine differs.")
-    tasks = _each(m.task for m in entry.measurements if m.subject == "entry")
+    tasks = _each(m.task for m in _own(entry))
     measured = f"Only {text(tasks)} " if tasks else "Nothing "
     found.append(
         f"{measured}{'were' if ', ' in tasks else 'was'} measured: nothing is known here of other tasks and "
@@ -366,7 +380,7 @@ def _lost_accuracy(entry: Entry) -> list[str]:
 
 def _weak_measurements(entry: Entry) -> list[str]:
     found = []
-    measured = [m for m in entry.measurements if m.subject == "entry"]
+    measured = _own(entry)
     for m in measured:
         if m.sample_unit == "questions" and m.samples < FEW_QUESTIONS:
             error = f": ± {figure(1.96 * m.stderr)} at 95 %" if m.stderr is not None else ""

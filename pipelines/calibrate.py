@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
+from pipelines.continuation import continued
 from pipelines.evaluate import load_model
 from pipelines.recipe import Calibration
 from pipelines.text import Ids, read_text, token_ids, windows
-from zoo.errors import CalibrationError, NumericsError
+from zoo.errors import CalibrationError
 from zoo.files import atomic_file
-from zoo.progress import track
 
 FILE = "windows.npy"
-TEMPERATURE = 1.0
-TOP_K = 50
 BATCH = 64
 
 
@@ -64,38 +61,9 @@ def self_generated(setting: Calibration, base: Path) -> Ids:
     first = ordinary[torch.randint(len(ordinary), (setting.windows, 1), generator=generator)]
     torch.manual_seed(setting.seed)
     batches = torch.split(first, BATCH)
-    written = [_continued(model, batch.to(model.device), setting.length) for batch in batches]
+    written = [
+        continued(model, batch, setting.length, f"the base model writes {len(batch)} windows to calibrate on")
+        for batch in batches
+    ]
     ids: Ids = torch.cat(written).numpy()
     return ids
-
-
-def _continued(model: Any, start: torch.Tensor, length: int) -> torch.Tensor:
-    """Sampled continuations of `start` (batch, 1), as (batch, length)."""
-    progress = track(range(length - 1), f"the base model writes {len(start)} windows to calibrate on")
-
-    def tick(ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
-        next(progress, None)
-        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)  # never stop for this
-
-    try:
-        ids: torch.Tensor = model.generate(
-            start,
-            attention_mask=torch.ones_like(start),
-            do_sample=True,
-            temperature=TEMPERATURE,
-            top_k=TOP_K,
-            min_new_tokens=length - 1,
-            max_new_tokens=length - 1,
-            pad_token_id=0,
-            stopping_criteria=[tick],
-        )
-    except RuntimeError as error:
-        if "probability tensor" not in str(error):
-            raise
-        raise NumericsError(
-            "the base model cannot write: its logits are NaN or infinite",
-            try_="check the base model with `zoo analyze`; it overflows where all its weights are finite",
-        ) from error
-    finally:
-        progress.close()
-    return ids.cpu()

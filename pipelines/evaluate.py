@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from pipelines import shards
-from pipelines.shards import Work
+from pipelines.shards import Answers, Kind, Work
 from pipelines.text import Ids, Text
 from zoo import __version__
 from zoo.entry import Measurement
@@ -88,13 +88,17 @@ def perplexity(model: Any, ids: Ids, *, text: Text, subject: Subject) -> list[Me
 
 def perplexity_in_shards(work: Work, ids: Ids, *, text: Text, subject: Subject) -> list[Measurement]:
     """The very same of a model folder, by as many processes as `work` says; what is done survives a kill."""
+    found = _in_shards(work, "windows", ids, f"perplexity on {text.name}")
+    return perplexity_of(found.answers, ids, text=text, subject=subject, dtype=found.dtype)
+
+
+def _in_shards(work: Work, kind: Kind, ids: Ids, title: str) -> Answers:
+    """The answers of each window of `ids`, cut between batches: they are those of one process, every bit."""
     size = _batch_size(ids)
     requests = [[window.tolist()] for window in ids]
-    # Cut between batches, so that the batches are those of one process, and so every bit.
-    cut = shards.shards("windows", requests, [number // size for number in range(len(ids))])
-    with counting(f"perplexity on {text.name}", len(ids)) as tell:
-        found = shards.answered(work.model_copy(update={"shards": cut}), tell)
-    return perplexity_of(found.answers, ids, text=text, subject=subject, dtype=found.dtype)
+    cut = shards.shards(kind, requests, [number // size for number in range(len(ids))])
+    with counting(title, len(ids)) as tell:
+        return shards.answered(work.model_copy(update={"shards": cut}), tell)
 
 
 def perplexity_of(
@@ -129,13 +133,35 @@ def fidelity(base: Path, folder: Path, ids: Ids, *, text: Text) -> list[Measurem
     """How near the model in `folder` is to `base` at every position of `ids` (windows, length).
 
     Mean KL(base || entry) of the next-token distributions in nats, and the share of positions at which both
-    rank the same token first; standard errors over windows. One model is in memory at a time: of the base
-    only its head and last hidden states (windows, length, hidden) are kept, and few logits exist at a time.
+    rank the same token first; standard errors over windows.
+    """
+    with counting(f"fidelity on {text.name}", len(ids)) as tell:
+        pairs, dtype = divergences(base, folder, ids, tell)
+    return fidelity_of(pairs, ids, text=text, dtype=dtype)
+
+
+def fidelity_in_shards(work: Work, base: Path, base_key: str, ids: Ids, *, text: Text) -> list[Measurement]:
+    """The very same of a model folder, by as many processes as `work` says; what is done survives a kill.
+
+    `base_key` is the hash of the base.
+    """
+    work = work.model_copy(update={"base": (base.absolute(), base_key)})
+    found = _in_shards(work, "fidelity", ids, f"fidelity on {text.name}")
+    return fidelity_of(found.answers, ids, text=text, dtype=found.dtype)
+
+
+def divergences(
+    base: Path, folder: Path, ids: Ids, tell: Callable[[int], None]
+) -> tuple[list[tuple[float, float]], str]:
+    """Of each window of `ids` (windows, length): mean KL(base || entry) and top-1 agreement; the dtype.
+
+    One model is in memory at a time: of the base only its head and last hidden states (windows, length,
+    hidden) are kept, and few logits exist at a time. `tell` is told of windows that are done. Raises ZooError
+    for models of two vocabularies.
     """
     with _loaded(base) as model:
         base_head = model.get_output_embeddings()
-        states = _hidden_states(model, track(batches(ids), f"base on {text.name}"))
-        base_states = [hidden for _, hidden in states]
+        base_states = [hidden for _, hidden in _hidden_states(model, batches(ids))]
     with _loaded(folder) as model:
         head = model.get_output_embeddings()
         if head.weight.shape[0] != base_head.weight.shape[0]:
@@ -144,30 +170,37 @@ def fidelity(base: Path, folder: Path, ids: Ids, *, text: Text) -> list[Measurem
                 saw=f"{head.weight.shape[0]} tokens in {folder.name}",
                 expected=f"{base_head.weight.shape[0]} as in {base.name}",
             )
-        states = _hidden_states(model, track(batches(ids), f"fidelity on {text.name}"))
-        pairs = [
-            _compare(base_head, reference, head, hidden)
-            for reference, (_, hidden) in zip(base_states, states, strict=True)
-        ]
-        divergence, agreement = np.array(pairs).T
-        common: dict[str, Any] = {"ids": ids, "text": text, "subject": "entry", "dtype": _dtype(model)}
-        return [
-            _measurement(
-                metric="kl_divergence",
-                value=float(divergence.mean()),
-                stderr=_stderr(divergence),
-                unit="nats",
-                direction="lower_is_better",
-                **common,
-            ),
-            _measurement(
-                metric="top1_agreement",
-                value=float(agreement.mean()),
-                stderr=_stderr(agreement),
-                direction="higher_is_better",
-                **common,
-            ),
-        ]
+        pairs = []
+        states = _hidden_states(model, batches(ids))
+        for reference, (_, hidden) in zip(base_states, states, strict=True):
+            pairs.append(_compare(base_head, reference, head, hidden))
+            tell(1)
+        return pairs, _dtype(model)
+
+
+def fidelity_of(
+    pairs: Sequence[tuple[float, float]], ids: Ids, *, text: Text, dtype: str
+) -> list[Measurement]:
+    """The figures from each window's `divergences`."""
+    divergence, agreement = np.array(pairs).T
+    common: dict[str, Any] = {"ids": ids, "text": text, "subject": "entry", "dtype": dtype}
+    return [
+        _measurement(
+            metric="kl_divergence",
+            value=float(divergence.mean()),
+            stderr=_stderr(divergence),
+            unit="nats",
+            direction="lower_is_better",
+            **common,
+        ),
+        _measurement(
+            metric="top1_agreement",
+            value=float(agreement.mean()),
+            stderr=_stderr(agreement),
+            direction="higher_is_better",
+            **common,
+        ),
+    ]
 
 
 def lm_eval_tasks(

@@ -14,14 +14,17 @@ from pathlib import Path
 from types import FrameType
 from typing import TypeVar
 
+import yaml
+from pydantic import ValidationError
+
 from pipelines import keys, sources
 from pipelines.executors import Executor, Handle, is_event
-from pipelines.recipe import load
+from pipelines.recipe import Recipe, load
 from pipelines.worker import Ended, Task
 from zoo import logs
 from zoo.entry import Entry
 from zoo.errors import ZooError
-from zoo.files import Store, sha256_bytes
+from zoo.files import Store
 from zoo.hub import client
 from zoo.jobs.joblist import Job, Target, Tolerance
 from zoo.jobs.plan import Facts, Planned, planned
@@ -79,7 +82,7 @@ def _facts(
         sha256 = base.sha256 or (entry.base_sha256 if entry is not None and known else None)
         return Facts(
             entry=entry,
-            recipe_sha256=sha256_bytes(recipe.to_yaml().encode()),
+            recipe_changed=entry is not None and not _is_by(entry, recipe),
             base_revision=base.revision,
             base_sha256=sha256,
             versions=keys.library_versions(),
@@ -94,6 +97,15 @@ def _facts(
         words = error.what.splitlines()
         reason = " ".join(words[:2]) + (f" ({error.saw})" if error.saw else "")
         return Facts(problem=logs.redact(reason), entry=entry, now=now, holder=holder)
+
+
+def _is_by(entry: Entry, recipe: Recipe) -> bool:
+    """Whether an entry was made by this recipe. A key that recipes did not have then counts as left out."""
+    try:
+        said = Recipe.model_validate(yaml.safe_load(entry.recipe))
+    except (yaml.YAMLError, ValidationError, RecursionError):  # no recipe, or not one any more
+        return False
+    return said.to_yaml() == recipe.to_yaml()
 
 
 def _peek(source: str, peeked: dict[str, sources.Version | ZooError], store: Store) -> sources.Version:

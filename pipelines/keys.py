@@ -26,7 +26,7 @@ SOLVER_CODE = ("compress", "solve", "masks", "grids", "layers", "allocate", "che
 RECOVER_CODE = (
     "recover/train", "recover/losses", "recover/masks", "recover/prune", "recover/rounding", "recover/shards",
     "recover/student", "recover/write", "recover/data", "recover/tokens", "recover/skill",
-    "recover/resample", *SOLVER_CODE,
+    "recover/written", "recover/resample", "continuation", *SOLVER_CODE,
 )  # fmt: skip
 ANSWERS_CODE = ("shards", "lm", "zoo_gguf", "zoo_sparse", "evaluate")
 EVALUATION_CODE = ("harness", "text", *ANSWERS_CODE)
@@ -72,6 +72,7 @@ def training_revisions(step: Recover) -> list[str]:
     """What the texts and prompts of a training are."""
     named = [(data.source, data.column) for data in step.data]
     named += [(skill.prompts, skill.column) for skill in step.skills]
+    named += [(written.source, written.column) for written in step.written]
     return [text_revision(source, column) for source, column in named]
 
 
@@ -86,7 +87,11 @@ def calibration(recipe: Recipe, base_sha256: str) -> str:
     setting = recipe.calibration
     revision = None if setting.source == "self" else text_revision(setting.source, setting.column)
     return stage_key(
-        "calibrate", setting.model_dump(), base_sha256, revision, code=("calibrate", "evaluate", "text")
+        "calibrate",
+        setting.model_dump(),
+        base_sha256,
+        revision,
+        code=("calibrate", "continuation", "evaluate", "text"),
     )
 
 
@@ -95,9 +100,10 @@ def compression(step: Prune | Quantize, before: str, windows: str) -> str:
     return stage_key("step", step.model_dump(), before, windows if step.calibrated else "", code=SOLVER_CODE)
 
 
-def recovery(step: Recover, before: str, teacher_sha256: str) -> str:
+def recovery(step: Recover, before: str, models: Sequence[str]) -> str:
+    """Of a training of the model of key `before`; models: the hashes of `step.models`."""
     return stage_key(
-        "recover", step.model_dump(), before, teacher_sha256, training_revisions(step), code=RECOVER_CODE
+        "recover", step.model_dump(), before, models, training_revisions(step), code=RECOVER_CODE
     )
 
 
@@ -132,6 +138,11 @@ def packs(recipe: Recipe) -> bool:
     return any(isinstance(export, Packed) for export in recipe.exports)
 
 
+def gguf(kind: str, model: str) -> str:
+    """Of a GGUF file's tensors."""
+    return stage_key("gguf", kind, model, code=EXPORT_CODE)
+
+
 def fidelity(passage: Passage, base_sha256: str, model: str) -> str:
     return stage_key("fidelity", base_sha256, model, _passage(passage), code=EVALUATION_CODE)
 
@@ -152,15 +163,16 @@ def step_name(number: int, step: Prune | Quantize | Recover) -> str:
 def steps(
     recipe: Recipe, base_sha256: str, windows: str, sha256_of: Callable[[str], str | None]
 ) -> list[str]:
-    """The key of each step's output, up to a step whose teacher `sha256_of` does not know."""
+    """The key of each step's output, up to a step of which `sha256_of` does not know a model."""
     found: list[str] = []
     model = base_sha256
     for step in recipe.steps:
         if isinstance(step, Recover):
-            teacher = base_sha256 if step.teacher is None else sha256_of(step.teacher)
-            if teacher is None:
+            models = [base_sha256 if name is None else sha256_of(name) for name in step.models]
+            known = [sha256 for sha256 in models if sha256 is not None]
+            if len(known) < len(models):
                 return found
-            model = recovery(step, model, teacher)
+            model = recovery(step, model, known)
         else:
             model = compression(step, model, windows)
         found.append(model)
@@ -186,7 +198,6 @@ def expected(
         return found
     model = outputs[-1] if outputs else base_sha256
     setting = recipe.evaluation
-    data = None if setting.data is None else text.expand(setting.data)
     if packs(recipe):
         found.append(("pack", pack(model)))
     asked = pack(model) if packs(recipe) else model
@@ -197,10 +208,20 @@ def expected(
     for subject, key, of_tasks in subjects:
         for passage in setting.perplexity:
             found += [(f"perplexity of the {subject}", perplexity(passage, subject, key))]
-        for (few_shot, limit), names in by_protocol(setting, subject).items():
-            name = f"{', '.join(names)} of the {subject}"
-            found.append((name, tasks(names, few_shot, limit, data, subject, of_tasks)))
+        found += _tasks(setting, subject, f"the {subject}", of_tasks)
     if setting.fidelity is not None:
         found.append(("fidelity to the base", fidelity(setting.fidelity, base_sha256, model)))
     found.append(("export", export(recipe, model)))
+    for name, kind in recipe.asked_gguf.items():
+        for passage in setting.perplexity[:1]:
+            found.append((f"perplexity of {name}", perplexity(passage, "entry", gguf(kind, model))))
+        found += _tasks(setting, "entry", name, gguf(kind, model))
     return found
+
+
+def _tasks(setting: Evaluation, subject: Subject, of: str, model: str) -> list[tuple[str, str]]:
+    data = None if setting.data is None else text.expand(setting.data)
+    return [
+        (f"{', '.join(names)} of {of}", tasks(names, few_shot, limit, data, subject, model))
+        for (few_shot, limit), names in by_protocol(setting, subject).items()
+    ]

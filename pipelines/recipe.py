@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -210,6 +210,27 @@ class Skill(Part):
         return self
 
 
+class Written(Part):
+    """Text that a model writes: pieces that begin with some tokens of a text, drawn at random."""
+
+    source: str = Field(description="what pieces begin with: as in `data`")
+    column: str = Field("text", description="column of a parquet file or data set")
+    model: str | None = Field(None, description="who writes, as in `base`; null: the teacher")
+    tokens: int = Field(ge=1, description="to be written")
+    prompt: int = Field(16, ge=1, description="tokens of the text that a piece begins with")
+    length: int = Field(256, ge=2, description="tokens of a piece")
+    batch: int = Field(256, ge=1, description="pieces written at a time")
+    seed: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _something_written(self) -> Written:
+        if self.prompt + 2 > self.length:
+            raise ValueError(
+                "`length` must leave room after the `prompt` for a token and the end of the text"
+            )
+        return self
+
+
 class Resample(Part):
     """Data augmentation: from the second pass over the text on, some of its tokens are ones that the teacher
     might have written in their place, so that the student cannot learn the text by heart."""
@@ -321,6 +342,7 @@ class Recover(Part):
     kind: Literal["recover"]
     data: list[TrainingText] = []
     skills: list[Skill] = []
+    written: list[Written] = []
     resample: Resample | None = Field(None, description="augment the text; null: train on it as it is")
     teacher: str | None = Field(None, description="a model as in `base`; null: the base")
     budget: Budget
@@ -342,8 +364,8 @@ class Recover(Part):
 
     @model_validator(mode="after")
     def _possible(self) -> Recover:
-        if not self.data and not self.skills:
-            raise ValueError("say what to train on: `data`, `skills` or both")
+        if not (self.data or self.skills or self.written):
+            raise ValueError("say what to train on: `data`, `skills` or `written`")
         if self.batch % self.micro_batch:
             raise ValueError(f"`batch` must be a multiple of `micro_batch`, {self.micro_batch}")
         if self.weights == "bfloat16" and self.optimizer.kind == "adamw":
@@ -351,6 +373,11 @@ class Recover(Part):
         if self.quantize is not None and self.stored == "bfloat16":
             raise ValueError("bfloat16 does not hold integers times a scale: say `stored: float16`")
         return self
+
+    @property
+    def models(self) -> list[str | None]:
+        """What it learns from, as in `base` (None: the base): its teacher, then the models that write."""
+        return [self.teacher, *(text.model or self.teacher for text in self.written)]
 
     @property
     def calibrated(self) -> bool:
@@ -380,6 +407,9 @@ class Evaluation(Part):
     perplexity: list[Passage] = [Passage()]
     fidelity: Passage | None = Passage(windows=8)
     tasks: list[Task] = [Task(name="zoo_choice")]
+    gguf: bool = Field(
+        False, description="ask the quantized GGUF files too: the first of `perplexity`, and the tasks"
+    )
     data: str | None = Field(None, description="a folder laid out like the Hub, for tasks without a network")
     workers: int | None = Field(
         None, ge=1, description="processes; the figures do not change. null: as cores and memory allow"
@@ -401,6 +431,11 @@ class Gguf(Part):
     types: list[str] = Field(
         ["F16", "Q8_0"], min_length=1, description="F16, BF16, F32, Q8_0, Q4_0, Q4_K_M ..."
     )
+
+    @property
+    def quantized(self) -> list[str]:
+        """The types that are not the weights themselves."""
+        return [kind for kind in self.types if kind not in ("F32", "F16", "BF16")]
 
 
 class Packed(Part):
@@ -456,6 +491,20 @@ class Recipe(Part):
         if packs and not all(map(_packs, self.steps)):
             raise ValueError("the export compressed-tensors needs `symmetric: true` or `zero_point: integer`")
         return self
+
+    @model_validator(mode="after")
+    def _something_to_ask(self) -> Recipe:
+        if self.evaluation.gguf and not any(e.quantized for e in self.exports if isinstance(e, Gguf)):
+            raise ValueError("`evaluation.gguf` needs an export of a quantized GGUF type, e.g. Q4_0")
+        return self
+
+    @property
+    def asked_gguf(self) -> Mapping[str, str]:
+        """The GGUF files that are asked: name -> type."""
+        if not self.evaluation.gguf:
+            return {}
+        exports = [export for export in self.exports if isinstance(export, Gguf)]
+        return {f"{self.name}-{kind}.gguf": kind for export in exports for kind in export.quantized}
 
     def to_yaml(self) -> str:
         """The resolved recipe, every default spelt out; without what makes no other entry."""

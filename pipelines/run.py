@@ -12,7 +12,7 @@ import shutil
 import socket
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -133,7 +133,8 @@ def run(recipe: Recipe, store: Store, registry: Registry, until: str | None = No
 
     An entry that does not verify comes back, and is recorded, with status "failed" and the reason. Whatever
     else goes wrong is raised, with the run recorded as failed; if only the publishing did, the entry is kept.
-    `until` names the stage of a step (`keys.step_name`), or "evaluate": PartDone is raised after it.
+    `until` names the stage of a step (`keys.step_name`), or "evaluate" (base and entry), "export" or "gguf"
+    (the figures of its GGUF files): PartDone is raised after it.
     """
     settle(recipe)
     if isinstance(store, SharedStore):
@@ -194,6 +195,9 @@ def _run(recipe: Recipe, recipe_yaml: str, recipe_sha256: str, run_: Run) -> Ent
     measurements = _measured(recipe.evaluation, base, model, file, run_)
     run_.reached("evaluate")
     exports = _exported(recipe, base, model, file, run_)
+    run_.reached("export")
+    measurements += _measured_gguf(recipe, model, exports, run_)
+    run_.reached("gguf")
     verifications, benchmarks = _verified(recipe, model[0], exports, run_)
     return _entry(
         recipe,
@@ -277,12 +281,9 @@ def _compressed(recipe: Recipe, base: sources.Base, run_: Run) -> tuple[Path, st
     """The compressed model folder and its key. What comes before a step that is in the store is not made."""
     windows = None
     windows_key = keys.calibration(recipe, base.sha256)
-    teachers = {
-        step.teacher: base if step.teacher is None else sources.resolve(step.teacher, run_.store)
-        for step in recipe.steps
-        if isinstance(step, Recover)
-    }
-    outputs = keys.steps(recipe, base.sha256, windows_key, lambda source: teachers[source].sha256)
+    named = {name for step in recipe.steps if isinstance(step, Recover) for name in step.models}
+    models = {name: base if name is None else sources.resolve(name, run_.store) for name in named}
+    outputs = keys.steps(recipe, base.sha256, windows_key, lambda source: models[source].sha256)
     there = [number for number, key in enumerate(outputs, 1) if run_.store.get(key) is not None]
     last = max(there, default=0)
     needed = [number for number in range(1, len(outputs) + 1) if number >= last or number in there]
@@ -299,19 +300,23 @@ def _compressed(recipe: Recipe, base: sources.Base, run_: Run) -> tuple[Path, st
         if number not in needed:
             pass
         elif isinstance(step, Recover):
-            model = _recovered(step, name, key, model, teachers[step.teacher], run_)
+            model = _recovered(step, name, key, model, models, run_)
         else:
             model = run_.stage(name, key, partial(compress.run_step, step, model, windows=windows))
         run_.reached(name)
     return model, outputs[-1] if outputs else base.sha256
 
 
-def _recovered(step: Recover, name: str, key: str, folder: Path, teacher: sources.Base, run_: Run) -> Path:
+def _recovered(
+    step: Recover, name: str, key: str, folder: Path, models: Mapping[str | None, sources.Base], run_: Run
+) -> Path:
     """The trained model folder. A training that was interrupted goes on from its last state."""
     state = run_.store.root / "training" / key
 
     def work(out: Path) -> None:
-        tokens = training_tokens(step, folder, teacher.folder, teacher.sha256, run_.store)
+        known = {name: (model.folder, model.sha256) for name, model in models.items()}
+        tokens = training_tokens(step, folder, known, run_.store)
+        teacher = models[step.teacher]
         others = alternatives(step, tokens, teacher.folder, teacher.sha256, run_.store)
         recover(Job(step=step, student=folder, teacher=teacher.folder, tokens=tokens, alternatives=others,
                     out=out, state=state))  # fmt: skip
@@ -350,38 +355,85 @@ def _measured(
         ("base", (base.folder, base.sha256), (base.folder, base.sha256)),
         ("entry", model, file or model),
     )
-    data = None if setting.data is None else text.expand(setting.data)
-    for subject, (where, subject_key), (answering, answering_key) in subjects:
-        work = shards.work_on(where, subject_key, run_.store, setting.workers)
-        for passage in setting.perplexity:
-            found += _stage_of_measurements(
-                run_,
-                f"perplexity of the {subject}",
-                keys.perplexity(passage, subject, subject_key),
-                partial(_perplexity, work, passage, subject),
-            )
-        for (few_shot, limit), names in keys.by_protocol(setting, subject).items():
-            found += _stage_of_measurements(
-                run_,
-                f"{', '.join(names)} of the {subject}",
-                keys.tasks(names, few_shot, limit, data, subject, answering_key),
-                partial(
-                    evaluate.lm_eval_tasks,
-                    answering,
-                    names,
-                    subject=subject,
-                    few_shot=few_shot,
-                    limit=limit,
-                    data=data,
-                    work=shards.work_on(answering, answering_key, run_.store, setting.workers),
-                ),
-            )
+    for subject, weights, answering in subjects:
+        of = f"the {subject}"
+        found += _perplexities(setting, setting.perplexity, subject, of, weights, weights[0], run_)
+        asked = _tasks(setting, subject, of, answering, run_)
+        found += _of_file(packed.FILE, asked) if answering == file else asked
     if setting.fidelity is not None:
         found += _stage_of_measurements(
             run_,
             "fidelity to the base",
             keys.fidelity(setting.fidelity, base.sha256, key),
-            partial(_fidelity, base.folder, folder, setting.fidelity),
+            partial(
+                _fidelity,
+                shards.work_on(folder, key, run_.store, setting.workers),
+                base,
+                setting.fidelity,
+            ),
+        )
+    return found
+
+
+def _measured_gguf(recipe: Recipe, model: tuple[Path, str], exports: Path, run_: Run) -> list[Measurement]:
+    """The figures of the GGUF files, if the recipe asks them: what llama.cpp makes of the entry."""
+    setting = recipe.evaluation
+    found: list[Measurement] = []
+    for name, kind in recipe.asked_gguf.items():
+        file = exports / name, keys.gguf(kind, model[1])
+        asked = _perplexities(setting, setting.perplexity[:1], "entry", name, file, model[0], run_)
+        found += _of_file(name, asked + _tasks(setting, "entry", name, file, run_))
+    return found
+
+
+def _of_file(name: str, found: Sequence[Measurement]) -> list[Measurement]:
+    return [measurement.model_copy(update={"artifact": name}) for measurement in found]
+
+
+def _perplexities(
+    setting: Evaluation,
+    passages: Sequence[Passage],
+    subject: evaluate.Subject,
+    of: str,
+    model: tuple[Path, str],
+    tokenizer: Path,
+    run_: Run,
+) -> list[Measurement]:
+    """Of a model and its key, called `of`, each a stage; the folder `tokenizer` has its tokenizer."""
+    work = shards.work_on(*model, run_.store, setting.workers)
+    return [
+        measurement
+        for passage in passages
+        for measurement in _stage_of_measurements(
+            run_,
+            f"perplexity of {of}",
+            keys.perplexity(passage, subject, model[1]),
+            partial(_perplexity, work, tokenizer, passage, subject),
+        )
+    ]
+
+
+def _tasks(
+    setting: Evaluation, subject: evaluate.Subject, of: str, model: tuple[Path, str], run_: Run
+) -> list[Measurement]:
+    """Of a model and its key, called `of`; what one call of the harness takes together is a stage."""
+    data = None if setting.data is None else text.expand(setting.data)
+    found: list[Measurement] = []
+    for (few_shot, limit), names in keys.by_protocol(setting, subject).items():
+        found += _stage_of_measurements(
+            run_,
+            f"{', '.join(names)} of {of}",
+            keys.tasks(names, few_shot, limit, data, subject, model[1]),
+            partial(
+                evaluate.lm_eval_tasks,
+                model[0],
+                names,
+                subject=subject,
+                few_shot=few_shot,
+                limit=limit,
+                data=data,
+                work=shards.work_on(*model, run_.store, setting.workers),
+            ),
         )
     return found
 
@@ -394,14 +446,16 @@ def _read_passage(folder: Path, passage: Passage) -> tuple[text.Ids, text.Text]:
     return text.windows(text.token_ids(tokenizer, words), passage.windows, passage.length), words
 
 
-def _perplexity(work: shards.Work, passage: Passage, subject: evaluate.Subject) -> list[Measurement]:
-    ids, words = _read_passage(work.model, passage)
+def _perplexity(
+    work: shards.Work, tokenizer: Path, passage: Passage, subject: evaluate.Subject
+) -> list[Measurement]:
+    ids, words = _read_passage(tokenizer, passage)
     return evaluate.perplexity_in_shards(work, ids, text=words, subject=subject)
 
 
-def _fidelity(base: Path, folder: Path, passage: Passage) -> list[Measurement]:
-    ids, words = _read_passage(folder, passage)
-    return evaluate.fidelity(base, folder, ids, text=words)
+def _fidelity(work: shards.Work, base: sources.Base, passage: Passage) -> list[Measurement]:
+    ids, words = _read_passage(work.model, passage)
+    return evaluate.fidelity_in_shards(work, base.folder, base.sha256, ids, text=words)
 
 
 def _stage_of_measurements(

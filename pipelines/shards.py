@@ -5,7 +5,8 @@ the same batches, and so the same bits. A shard's answers, one per request, are 
 by a key of the model, the requests and the code. A worker does whatever shard is not there and that nobody of
 its machine does now, until none is left: a killed worker's shard is another's, and an evaluation that was
 killed goes on where it was. Machines that share a store share the work: each takes shards in an order of its
-own. Figures are computed from the answers alone (`evaluate.perplexity_of`, lm-eval's own aggregation).
+own. Workers that the Ray executor reserved for the stage are handed one shard after the other. Figures are
+computed from the answers alone (`evaluate.perplexity_of`, lm-eval's own aggregation).
 
 The worker process is `python -m pipelines.shards WORK`.
 """
@@ -20,6 +21,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import version
 from itertools import groupby
@@ -28,12 +30,14 @@ from typing import Any, Literal
 
 import psutil
 
-from pipelines import keys
+from pipelines import cluster, keys
+from pipelines.cluster import Reserved
 from zoo import __version__
 from zoo.entry import Record
 from zoo.errors import FormatError, ZooError
 from zoo.files import Store, canonical_json, sha256_file, sha256_json
 from zoo.machine import this_machine
+from zoo.progress import say
 from zoo.runner import native
 from zoo.shared_store import SharedStore, open_store
 
@@ -41,9 +45,11 @@ SHARD_CHARACTERS = 50_000  # about 12,000 tokens: seconds of a small model, a mi
 SHARDS_WORTH_A_WORKER = 4
 ANSWER_CHARACTERS = 1000  # that a text to be generated counts for
 TRIES = 3  # workers that end without an answer; whoever kills more of them means it
+THREAD_ENDS_S = 10.0  # after what it waits for has ended
 ANSWERS = "answers.json"
-# What a model is asked: the methods of lm-eval's models, with their arguments; and windows of token ids.
-Kind = Literal["loglikelihood", "loglikelihood_rolling", "generate_until", "windows"]
+# What a model is asked: the methods of lm-eval's models, with their arguments; the loss of windows of token
+# ids; and how far it is from its base there.
+Kind = Literal["loglikelihood", "loglikelihood_rolling", "generate_until", "windows", "fidelity"]
 
 
 class Shard(Record):
@@ -68,13 +74,15 @@ class Work(Record):
     shared: str | None
     workers: int | None  # processes of this machine that answer; None: as many as it is worth
     batch_size: int | None  # of a folder's model; None: what fits in 1 GiB of logits
+    base: tuple[Path, str] | None = None  # of fidelity: the base's folder and hash
     shards: tuple[Shard, ...] = ()
 
     def open_store(self) -> Store:
         return open_store(self.store, self.shared)
 
     def shard_key(self, shard: Shard) -> str:
-        asked = (self.batch_size, shard.kind, sha256_json(shard.requests))
+        base = None if self.base is None else self.base[1]
+        asked = (self.batch_size, shard.kind, base, sha256_json(shard.requests))
         return keys.stage_key("answers", self.key, runner(self.model), *asked, code=keys.ANSWERS_CODE)
 
 
@@ -207,20 +215,21 @@ def answered(work: Work, tell: Callable[[int], None]) -> Answers:
     tell(done)
     if left:
         rest = work.model_copy(update={"shards": tuple(left)})
-        workers = _workers(work, len(left))
-        if workers == 1:
-            answer(rest, _cores(), tell)
-        else:
-            _in_processes(rest, workers, store, tell)
+        tell = _in_turn(tell)
+        with _helped(rest, tell):
+            workers = _workers(work, len(left))
+            if workers == 1:
+                answer(rest, _cores(), tell)
+            else:
+                _in_processes(rest, workers, store, tell)
     return merge(work, store)
 
 
-def answer(work: Work, threads: int, tell: Callable[[int], None]) -> None:
-    """Be a worker: answer every shard that is not answered; return when all are."""
+def answer(work: Work, threads: int, tell: Callable[[int], None], model: _Model | None = None) -> None:
+    """Be a worker: answer every shard that is not answered; return when all are. model: None means work's."""
     store = work.open_store()
     pending = [(work.shard_key(shard), shard) for shard in work.shards]
     random.Random().shuffle(pending)  # machines that cannot see each other's locks rarely do the same
-    model: _Model | None = None
     for wait in (False, True):
         for key, shard in pending:
             if store.get(key) is not None or (store.is_locked(key) and not wait):
@@ -239,8 +248,12 @@ _Model = Callable[[Shard, Callable[[int], None]], Answers]
 
 def _open(work: Work, kind: Kind, threads: int) -> _Model:
     """The model, as a function from a shard to its answers. All shards of one work are of one sort."""
+    if kind == "windows" and work.model.suffix == ".gguf":
+        return _open_gguf_for_windows(work, threads)
     if kind == "windows":
         return _open_for_windows(work, threads)
+    if kind == "fidelity":
+        return _open_for_fidelity(work, threads)
     from lm_eval.api.instance import Instance
 
     from pipelines import lm
@@ -281,6 +294,39 @@ def _open_for_windows(work: Work, threads: int) -> _Model:
     return ask
 
 
+def _open_gguf_for_windows(work: Work, threads: int) -> _Model:
+    from pipelines import lm
+
+    model, dtype = lm.open_lm(work.model, threads, None)
+
+    def ask(shard: Shard, tell: Callable[[int], None]) -> Answers:
+        losses = []
+        for (window,) in shard.requests:
+            losses.append(model.mean_loss(window))
+            tell(1)
+        return Answers(answers=losses, context_length=len(window), dtype=dtype)
+
+    return ask
+
+
+def _open_for_fidelity(work: Work, threads: int) -> _Model:
+    import numpy as np
+    import torch
+
+    from pipelines.evaluate import divergences
+
+    torch.set_num_threads(threads)
+    assert work.base is not None
+    base, _ = work.base
+
+    def ask(shard: Shard, tell: Callable[[int], None]) -> Answers:
+        ids = np.array([window for (window,) in shard.requests], np.int64)
+        pairs, dtype = divergences(base, work.model, ids, tell)
+        return Answers(answers=pairs, context_length=ids.shape[1], dtype=dtype)
+
+    return ask
+
+
 def _bar(tell: Callable[[int], None], total: int) -> type:
     """A stand-in for tqdm that tells how many of a shard's `total` requests are done."""
     left = total
@@ -301,6 +347,77 @@ def _bar(tell: Callable[[int], None], total: int) -> type:
             self.update(left)
 
     return Bar
+
+
+# --- workers on a cluster ---
+
+
+class Answerer:
+    """The actor: a model in another worker of the cluster, which answers one shard at a time."""
+
+    def __init__(self, reserved: str) -> None:
+        cluster.hide_gpus_of_others()
+        self._theirs = Reserved.model_validate_json(reserved)
+        self._model: _Model | None = None
+
+    def answer(self, work: str) -> str:
+        """The answers to the one shard of a work, both as JSON."""
+        asked = Work.model_validate_json(work)
+        (shard,) = asked.shards
+        if self._model is None:  # which is that of all works that come
+            model, base = cluster.here(asked.model, self._theirs), asked.base
+            if base is not None:
+                base = (cluster.here(base[0], self._theirs), base[1])
+            threads = max(1, int(self._theirs.needs.cpus))
+            self._model = _open(asked.model_copy(update={"model": model, "base": base}), shard.kind, threads)
+        return self._model(shard, lambda _: None).model_dump_json()
+
+
+@contextmanager
+def _helped(work: Work, tell: Callable[[int], None]) -> Iterator[None]:
+    """Meanwhile, every other worker that the stage has on the cluster is handed shards.
+
+    For each, a thread here takes shards as any worker of this machine does, and has that one answer them. If
+    it is lost, the thread ends, and with it its lock: the shard is another's.
+    """
+    over = threading.Event()
+
+    def hand_over(other: Any) -> None:
+        def ask(shard: Shard, tell: Callable[[int], None]) -> Answers:
+            order = work.model_copy(update={"shards": (shard,)}).model_dump_json()
+            (said,) = cluster.answers([other.answer.remote(order)], None)
+            tell(len(shard.requests))
+            return Answers.model_validate_json(said)
+
+        try:
+            answer(work, 0, tell, ask)
+        except Exception as error:  # whatever it is, others have the work; if they cannot, they will say why
+            if not over.is_set():
+                reason = " ".join(str(error).split())[:300]
+                say(f"  the evaluation goes on with a worker less: {reason}", event="worker-lost")
+
+    with cluster.others(Answerer, len(work.shards) - 1) as others:
+        threads = [threading.Thread(target=hand_over, args=(other,), daemon=True) for other in others]
+        for thread in threads:
+            thread.start()
+        try:
+            yield
+        finally:  # all is answered, or the work has failed
+            over.set()
+            cluster.end(others)
+            for thread in threads:
+                thread.join(THREAD_ENDS_S)
+
+
+def _in_turn(tell: Callable[[int], None]) -> Callable[[int], None]:
+    """The same for several threads."""
+    turn = threading.Lock()
+
+    def one_by_one(count: int) -> None:
+        with turn:
+            tell(count)
+
+    return one_by_one
 
 
 # --- worker processes ---------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import numpy as np
 
 from pipelines import dequantize
 from pipelines.families import Family, family_of
+from pipelines.text import expand
 from zoo.errors import FormatError, NumericsError, SourceError
 from zoo.files import Store, sha256_file, sha256_json
 from zoo.formats import check_gguf, check_safetensors, weight_files
@@ -62,7 +63,7 @@ def resolve(source: str, store: Store) -> Base:
         return _from_package(source, rest, store)
     if colon and kind == "zoo":
         return _from_folder(source, _entry(source, rest, store), repository=None, revision="local")
-    path = Path(source.removeprefix("file:")).expanduser()
+    path = expand(source.removeprefix("file:"))
     if path.is_dir():
         return _from_folder(source, path.absolute(), repository=None, revision="local")
     if path.suffix == ".gguf":
@@ -94,7 +95,7 @@ def peek(source: str, store: Store) -> Version:
             raise SourceError(f"package {rest!r} is not installed", try_=f"pip install {rest}") from error
     if colon and kind == "zoo":
         return Version("local", _folder_sha256(_entry(source, rest, store)))
-    path = Path(source.removeprefix("file:")).expanduser()
+    path = expand(source.removeprefix("file:"))
     if path.is_dir():
         return Version("local", _folder_sha256(path.absolute()))
     if path.is_file():

@@ -92,7 +92,10 @@ def parts(task: Task) -> list[Task]:
         (step_name(number, step), "recover" if isinstance(step, Recover) else "compress")
         for number, step in enumerate(recipe.steps, 1)
     ]
-    kinds += [("evaluate", "evaluate"), (None, "export")]
+    kinds.append(("evaluate", "evaluate"))
+    if recipe.evaluation.gguf:  # whose files have to be there
+        kinds += [("export", "export"), ("gguf", "evaluate")]
+    kinds.append((None, "export"))  # the verification, too
     chain: list[Task] = []
     for until, kind in kinds:
         needs = task.needs.of(kind)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -83,17 +83,30 @@ class ZooGguf(TemplateLM):  # type: ignore[misc]
         **_: Any,
     ) -> list[Score]:
         pairs = [fitted(context, continuation, self.max_length) for _, context, continuation in requests]
-        sums, greedy = np.zeros(len(pairs)), np.ones(len(pairs), bool)
-        longest = max((len(context) + len(continuation) for context, continuation in pairs), default=1)
         bar = tqdm(total=len(pairs), disable=disable_tqdm, desc="log-likelihoods")
+        longest = max((len(context) + len(continuation) for context, continuation in pairs), default=1)
+        scores = self._scores(pairs, max(CELLS, longest), bar.update)
+        bar.close()
+        return scores
+
+    def mean_loss(self, window: Sequence[int]) -> float:
+        """Mean negative log-likelihood in nats of all tokens but the first, as `evaluate.mean_losses`."""
+        pair = list(window[:1]), list(window[1:])
+        ((total, _),) = self._scores([pair], len(window), lambda _: None)
+        return -total / (len(window) - 1)
+
+    def _scores(
+        self, pairs: Sequence[tuple[list[int], list[int]]], cells: int, tell: Callable[[int], object]
+    ) -> list[Score]:
+        """Of each (context, continuation), in a cache of `cells`; `tell` is told of pairs that are done."""
+        sums, greedy = np.zeros(len(pairs)), np.ones(len(pairs), bool)
         for pack in _packs(pairs):
-            running = self._open(max(CELLS, longest))
+            running = self._open(cells)
             for at in range(0, len(pack.tokens), CALL):
                 tokens = pack.tokens[at : at + CALL]
                 _add_scores(sums, greedy, running.decode(tokens), [t for t in tokens if t.asked])
             running.clear()
-            bar.update(pack.requests)
-        bar.close()
+            tell(pack.requests)
         return [(float(value), bool(best)) for value, best in zip(sums, greedy, strict=True)]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:

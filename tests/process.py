@@ -119,6 +119,11 @@ class Running:
         assert self.process.pid is not None
         os.killpg(self.process.pid, signal.SIGINT)
 
+    def terminate(self) -> None:
+        """SIGTERM to the command alone, as a service manager sends it."""
+        assert self.process.pid is not None
+        os.kill(self.process.pid, signal.SIGTERM)
+
     def end(self) -> Done:
         self.process.join(PATIENCE_S)
         code = self.process.exitcode

@@ -91,8 +91,8 @@ def running(process: subprocess.Popen[str]) -> Iterator[subprocess.Popen[str]]:
         process.wait()
 
 
-def until(happened: Any, what: str) -> None:
-    deadline = time.monotonic() + PATIENCE_S
+def until(happened: Any, what: str, patience_s: float = PATIENCE_S) -> None:
+    deadline = time.monotonic() + patience_s
     while not happened():
         assert time.monotonic() < deadline, what
         time.sleep(0.01)

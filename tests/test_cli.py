@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import resource
+import shlex
 import signal
 import sqlite3
 import subprocess
@@ -334,3 +336,24 @@ def test_this_machine() -> None:
     assert machine.memory_bytes > 10**8
     assert 1 <= machine.cores * machine.threads_per_core <= (os.cpu_count() or 1)
     assert isinstance(machine, Machine)
+
+
+# --- what the documents show ---
+
+
+def examples() -> list[list[str]]:
+    """The searches that README.md and docs/commands.md show, but for those of one machine."""
+    text = "".join((ROOT / name).read_text() for name in ("README.md", "docs/commands.md"))
+    lines = re.findall(r"^ {4}zoo ((?:list|search|best)\b.*)$", text, re.MULTILINE)
+    split = [shlex.split(line, comments=True) for line in lines]
+    return [arguments for arguments in split if "--for" not in arguments]
+
+
+@pytest.mark.parametrize("arguments", examples(), ids=" ".join)
+def test_examples_find_something_in_the_repositorys_registry(arguments: list[str]) -> None:
+    done = zoo(*arguments, url=str(ROOT / "registry.db"))
+    assert (done.returncode, len(done.stdout.splitlines()) > 1) == (0, True), done.stderr
+
+
+def test_there_are_examples_of_each() -> None:
+    assert {arguments[0] for arguments in examples()} == {"list", "search", "best"}

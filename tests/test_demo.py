@@ -1,9 +1,12 @@
-"""What `make demo` does, on the real model with less to calibrate and measure on, killed once on the way."""
+"""What `make demo` does: on the real model with less to calibrate and measure on, killed once on the way; and
+its own commands in a checkout, on a tiny one.
+"""
 
 from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,8 +16,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import yaml
 
-from tests.process import ROOT
+from tests.process import QUIET, ROOT
+from tests.tiny import tiny_llama
 from zoo.entry import Entry
 from zoo.files import file_table
 from zoo.registry import open_registry
@@ -103,3 +108,59 @@ def test_the_demo_killed_and_resumed(tmp_path: Path) -> None:
     assert "packed.safetensors" in runnable and {b.artifact for b in entry.benchmarks} == runnable
     samples = [v.sample for v in entry.verifications if v.sample]
     assert samples and all(re.search(r"[a-z]{3,} [a-z]{2,}", sample) for sample in samples), samples
+
+
+TINY = {
+    "steps": [{"kind": "quantize", "method": "rtn", "grid": {"bits": 8, "group": 32}}],
+    "evaluation": {"perplexity": [{"windows": 2, "length": 64}], "fidelity": None, "tasks": []},
+    "exports": [{"kind": "safetensors"}, {"kind": "packed"}],
+    "verification": {"threads": 1},
+}
+
+
+def git(folder: Path, *arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """What git has of the project, the changes of its files included, as a repository of its own."""
+    if not (ROOT / ".git").exists() or shutil.which("git") is None or shutil.which("make") is None:
+        pytest.skip("a checkout by git, and make, are wanted")
+    folder = tmp_path / "checkout"
+    for name in git(ROOT, "ls-files", "-z", "--cached", "--others", "--exclude-standard").split("\0"):
+        if name and (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / name, folder / name)
+    git(folder, "init", "--quiet")
+    git(folder, "add", "--all")
+    return folder
+
+
+@pytest.mark.real
+def test_the_demo_leaves_a_checkout_clean(checkout: Path, tmp_path: Path) -> None:
+    name = "tiny-demo"
+    tiny = tmp_path / "tiny.yaml"
+    tiny.write_text(yaml.safe_dump({"name": name, "base": str(tiny_llama(tmp_path / "llama")), **TINY}))
+    ready = tmp_path / "ready"  # the set-up, which is not of this test
+    ready.touch()
+    programs = Path(sys.executable).parent
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("ZOO_", "HF_", "MAKE"))}
+    environment = kept | QUIET | {"ZOO_STORE": str(tmp_path / "store")}
+    done = subprocess.run(
+        ["make", "demo", f"BIN={programs}", f"READY={ready}", f"RECIPE={tiny}"],
+        cwd=checkout, env=environment, capture_output=True, text=True, timeout=PATIENCE_S, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    changed = [line for line in git(checkout, "status", "--porcelain").splitlines() if line[:2] != "A "]
+    assert changed == []
+
+    export = re.search(r"export (ZOO_REGISTRY)=(\S+)", done.stdout)
+    assert export is not None and export[0] in (ROOT / "README.md").read_text()
+    told = subprocess.run(
+        [programs / "zoo", "list"],
+        cwd=checkout, env=environment | {export[1]: export[2]}, capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    shipped = open_registry(str(ROOT / "registry.db"), create=False).entries()
+    assert {line.split()[0] for line in told.splitlines()[1:]} == {name, *(entry.id for entry in shipped)}
+    assert open_registry(str(checkout / export[2])).get(name).publications == []  # that was short

@@ -18,8 +18,8 @@ import cards
 from tests.example import entry
 from tests.hub import Server, serving
 from tests.job_worker import made_entry, write_jobs
-from zoo.entry import Entry
-from zoo.files import Store
+from zoo.entry import Artifact, Entry
+from zoo.files import Store, sha256_bytes
 from zoo.fsck import Finding, clean, fsck
 from zoo.hub import client
 from zoo.hub import pull as pulling
@@ -158,6 +158,35 @@ def test_what_cannot_be_repaired_is_said(zoo: Zoo) -> None:
         "nobody": ("zoo registry import, or remove the folder", None),
     }
     assert (zoo.folder / "stranger").exists()  # nothing unknown is removed
+
+
+def test_an_entry_of_which_nothing_is_here(zoo: Zoo) -> None:
+    """One line, however many files it has."""
+    (one,) = zoo.entry.artifacts
+    files = {"a/b": b"weights of a", "c": b"weights of c"}
+    artifacts = [
+        Artifact(path=path, kind="other", size=len(data), sha256=sha256_bytes(data))
+        for path, data in files.items()
+    ]
+    zoo.registry.put(zoo.entry.model_copy(update={"artifacts": [one, *artifacts]}))
+    shutil.rmtree(zoo.folder)
+    problem = "was not published, and its files are not in this store"
+    for repair in (True, False):  # of two files the stage's output is gone as well
+        (found,) = zoo.check(repair)
+        assert (found.subject, found.problem, found.repair) == ("one", problem, "zoo run RECIPE")
+        assert not clean([found])
+    zoo.registry.put(zoo.entry.model_copy(update={"origin": "hub:org/name@0123"}))
+    zoo.store.discard(zoo.export)
+    assert [f.repair for f in zoo.check()] == ["zoo import hub:org/name@0123"]
+
+
+def test_an_entry_is_placed_again_from_the_stage_that_made_it(zoo: Zoo) -> None:
+    before = {path.name: path.read_bytes() for path in zoo.folder.iterdir() if path.name != "README.md"}
+    shutil.rmtree(zoo.folder)
+    (found,) = zoo.check()
+    assert (found.subject, found.repair) == ("one", "copy them from the stage that made them")
+    assert clean(zoo.check(repair=True)) and zoo.check() == []
+    assert {name: (zoo.folder / name).read_bytes() for name in before} == before
 
 
 def test_what_is_being_written_is_left_alone(zoo: Zoo) -> None:

@@ -21,7 +21,7 @@ from pipelines.worker import Task, parts
 from tests.example import entry
 from tests.job_worker import made_entry, write_jobs
 from zoo.entry import Publication
-from zoo.files import Store
+from zoo.files import Store, sha256_bytes
 from zoo.jobs.joblist import Job, JobsError, Tolerance, load, parse_duration
 from zoo.jobs.metrics import metrics
 from zoo.jobs.plan import Facts, Planned, planned
@@ -74,6 +74,18 @@ def test_stages_that_need_something_else_are_workers_of_their_own(tmp_path: Path
         parts_of(tmp_path, "{stages: {verify: {gpus: 1}}}")
     with pytest.raises(JobsError, match="gpus"):
         parts_of(tmp_path, "{stages: {recover: {gpus: -1}}}")
+
+
+def test_only_trainings_and_evaluations_have_several_workers(tmp_path: Path) -> None:
+    def workers(needs: str) -> list[int]:
+        (job,) = jobs_of(tmp_path, f"jobs: [{{recipes: [a.yaml], needs: {needs}}}]")
+        return [job.needs.of(kind).workers for kind in ("compress", "recover", "evaluate", "export")]
+
+    assert workers("{cpus: 2}") == [1, 1, 1, 1]
+    assert workers("{workers: 3}") == [1, 3, 3, 1]
+    assert workers("{stages: {evaluate: {workers: 4}}}") == [1, 1, 4, 1]
+    with pytest.raises(JobsError, match="compress is done by one worker"):
+        workers("{stages: {compress: {workers: 2}}}")
 
 
 def jobs_of(tmp_path: Path, text: str) -> list[Job]:
@@ -184,6 +196,18 @@ def test_a_changed_recipe(kept: Kept) -> None:
     assert kept.plan().state == "fresh"
 
 
+def test_a_recipe_of_before_a_key_was_known(kept: Kept) -> None:
+    said = yaml.safe_load(kept.registry.get("one").recipe)
+    del said["calibration"]["seed"], said["verification"]
+    older = yaml.safe_dump(said)
+    kept.change(recipe=older, recipe_sha256=sha256_bytes(older.encode()))
+    assert kept.plan().state == "fresh"
+    said["calibration"]["seed"] = 1
+    for changed in (yaml.safe_dump(said), "a key that is known no more: 1", ""):
+        kept.change(recipe=changed, recipe_sha256=sha256_bytes(changed.encode()))
+        assert kept.plan().reasons == ["the recipe changed"]
+
+
 def test_a_changed_base_model(kept: Kept) -> None:
     (kept.folder / "base" / "config.json").write_text('{"changed": true}')
     assert kept.plan().state == "stale"
@@ -202,8 +226,12 @@ def test_another_library(kept: Kept) -> None:
 
 
 def test_a_missing_artifact(kept: Kept) -> None:
+    one = kept.registry.get("one").artifacts[0]
+    kept.change(artifacts=[one, one.model_copy(update={"path": "other"})])
+    assert kept.plan().reasons == ["missing artifact: other"]
     (kept.store.root / "entries" / "one" / "model.safetensors").unlink()
-    assert kept.plan().reasons == ["missing artifact: model.safetensors"]
+    said = "missing artifacts: it was not published, and its files are not in this store"
+    assert kept.plan().reasons == [said]
     place = Publication(
         endpoint="https://h", repository="me/one", commit="0" * 40, tag="t", published="2026-01-01T00:00:00Z"
     )

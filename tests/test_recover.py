@@ -23,9 +23,10 @@ from pipelines.compress import run_step
 from pipelines.recipe import Prune, Recover
 from pipelines.recover import train as recover_module
 from pipelines.recover.data import tokenized
+from pipelines.recover.launch import launched
 from pipelines.recover.state import newest
 from pipelines.recover.student import Student, rounders
-from pipelines.recover.train import Job, launched, recover
+from pipelines.recover.train import Job, recover
 from pipelines.text import PROSE
 from tests.process import PATIENCE_S, QUIET, ROOT
 from tests.tiny import VOCABULARY, tiny_llama, tiny_mpt
@@ -332,8 +333,8 @@ def test_two_processes_learn_what_one_does(
 
 def test_what_cannot_be_trained_is_told(models: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="cannot be shared by 3 processes"):
-        recover_module._shares(step_of(), 3)
-    assert recover_module._shares(step_of(batch=12, micro_batch=4), 2) == (6, 3)
+        recover_module.shares(step_of(), 3)
+    assert recover_module.shares(step_of(batch=12, micro_batch=4), 2) == (6, 3)
     other = tiny_llama(tmp_path / "other", vocab_size=400)
     with pytest.raises(FormatError, match="do not share a vocabulary"):
         recover(job(tmp_path, {**models, "teacher": other}))

@@ -233,6 +233,7 @@ def test_an_endpoint_answers(
         ("steps.1.prune={method: rigl, pattern: {keep: 4, group: 16}, schedule: stages, stages: [8, 6]}",
          "must fall to the pattern's keep, 4"),
         ("steps.1.skills=[{prompts: x, endpoint: http://y}]", "go together"),
+        ("steps.1.written=[{source: x, tokens: 9, prompt: 15, length: 16}]", "leave room after the `prompt`"),
         ("steps.1.optimizer.learning_rates=1", "did you mean `learning_rate`"),
     ],
 )  # fmt: skip

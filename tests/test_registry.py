@@ -335,6 +335,21 @@ def test_upgrade_and_downgrade_from_every_revision(opened: Registry) -> None:
     assert differences(opened) == []
 
 
+def test_figures_of_files_do_not_become_the_entrys_own(opened: Registry) -> None:
+    """In an older schema, which cannot say of which file a figure is."""
+    own = entry().measurements
+    packed = own[1].model_copy(update={"artifact": "packed.safetensors", "task": "another"})
+    of_file = own[1].model_copy(update={"artifact": "gguf/model-Q4_0.gguf"})
+    opened.put(entry(measurements=[of_file, *own, packed]))
+    assert opened.get(entry().id).measurements == [of_file, *own, packed]
+    with opened.engine.execution_options(zoo_begin="migrate").begin() as connection:
+        command.downgrade(registry._alembic(connection), "0004")
+    again = open_registry(url_of(opened))
+    kept = packed.model_copy(update={"artifact": None})
+    assert again.get(entry().id).measurements == [*own, kept]
+    again.engine.dispose()
+
+
 def test_an_older_registry_is_upgraded_with_its_entries(empty: str) -> None:
     old = [
         entry(),
@@ -355,6 +370,8 @@ def test_an_older_registry_is_upgraded_with_its_entries(empty: str) -> None:
             for name in lists & tables.tables.keys():
                 parts = [registry._values(part) for part in getattr(one, name)]
                 rows_ = [{"entry_id": one.id, "position": i, **part} for i, part in enumerate(parts)]
+                columns = set(tables.tables[name].columns.keys())  # some fields came later
+                rows_ = [{key: row[key] for key in row.keys() & columns} for row in rows_]
                 if rows_:
                     connection.execute(tables.tables[name].insert(), rows_)
     engine.dispose()

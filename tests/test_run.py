@@ -396,23 +396,30 @@ def test_two_runs_at_once(made: Place, llama: Path, tmp_path: Path) -> None:
     place.has_nothing_half_done()
 
 
+STOPS = {"Ctrl-C": (Running.interrupt, 130), "SIGTERM": (Running.terminate, 143)}
+
+
+@pytest.mark.parametrize("by", STOPS)
 @pytest.mark.parametrize("words", ["2. quantize (gptq) ...", "verifying tiny-llama-F16.gguf"])
-def test_ctrl_c(llama: Path, tmp_path: Path, words: str) -> None:
+def test_stopped(llama: Path, tmp_path: Path, words: str, by: str) -> None:
+    stop, code = STOPS[by]
     place = Place(tmp_path)
     command = place.arguments("tiny-llama", llama)
     running = place.zoo.start(*command)
     running.until_told(words)
-    running.interrupt()
-    told = refused(running.end(), 130, "interrupted", "kept")
-    assert told.count("\n") == 1
+    asked = time.monotonic()
+    stop(running)
+    told = refused(running.end(), code, f"interrupted by {by}", "the same command goes on")
+    assert time.monotonic() - asked < 10 and told.count("\n") == 1
     (run,) = place.runs
-    assert (run.status, run.entry_id) == ("interrupted", None)
+    assert (run.status, run.entry_id, run.failure) == ("interrupted", None, f"interrupted by {by}")
     assert place.ids == []
     place.has_nothing_half_done()
     finished = [stage.name for stage in run.stages if stage.status == "done"]
     assert finished == STAGES[: len(finished)] and len(finished) >= 2
     if words.startswith("2."):
-        assert place.zoo(*command).stderr.count("done before") == len(finished)
+        again = place.zoo(*command)
+        assert again.returncode == 0 and again.stderr.count("done before") == len(finished)
 
 
 # --- failing well ---

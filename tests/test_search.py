@@ -19,7 +19,8 @@ from tests.postgres import database
 from tests.process import Zoo, refused
 from zoo.entry import Artifact, Entry, Layer
 from zoo.files import sha256_bytes
-from zoo.registry import Facets, Query, Registry, open_registry
+from zoo.registry import Facets, Query, Registry, open_registry, registry
+from zoo.registry import query as query_
 from zoo.registry.figures import figures
 
 COUNT = 700
@@ -178,6 +179,34 @@ def test_search_finds_what_a_plain_filter_finds(filled: Registry) -> None:
         assert page.total == len(ids), query
         found_some += bool(ids)
     assert found_some > 50
+
+
+@pytest.mark.parametrize("walked", [5, 60, 10_000])
+def test_search_of_more_than_is_counted(
+    filled: Registry, walked: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a walk that finds the page, by one that is too short, and by sorting: the same page."""
+    for module in (query_, registry):
+        monkeypatch.setattr(module, "MOST_COUNTED", 20)
+    monkeypatch.setattr(registry, "MOST_WALKED", walked)
+    if filled.engine.dialect.name == "postgresql":
+        with filled.engine.begin() as connection:
+            connection.exec_driver_sql("ANALYZE")  # it walks where it expects many matches
+    random = Random(4)
+    more = 0
+    for query in [
+        *(any_query(random) for _ in range(60)),
+        Query(limit=0),
+        Query(limit=None),
+        Query(offset=650),
+    ]:
+        ids = expected_ids(query)
+        page = filled.search(query)
+        end = None if query.limit is None else query.offset + query.limit
+        assert [e.id for e in page.entries] == ids[query.offset : end], query
+        assert (page.total, page.more) == (min(len(ids), 20), len(ids) > 20), query
+        more += page.more
+    assert more > 20
 
 
 def test_facets_count_what_each_choice_would_find(filled: Registry) -> None:

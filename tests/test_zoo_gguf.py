@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +10,22 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from llama_cpp import Llama
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipelines import zoo_gguf
-from pipelines.evaluate import lm_eval_tasks
+from pipelines.evaluate import lm_eval_tasks, load_model, perplexity, perplexity_in_shards
 from pipelines.export_gguf import export_gguf
+from pipelines.shards import work_on
+from pipelines.text import Ids
 from pipelines.zoo_gguf import ZooGguf
-from tests.test_evaluate import SHARED, needs_shared
-from tests.tiny import SENTENCES, tiny_llama, tiny_mpt
+from tests.test_evaluate import SHARED, TEXT, needs_shared
+from tests.tiny import SENTENCES, VOCABULARY, tiny_llama, tiny_mpt
+from zoo.entry import Measurement
 from zoo.errors import FormatError, UsageError
+from zoo.files import Store
 
 CONTEXT = 48
 CHOICES = [" the dog", " moon", " x", " sold sea shells by the shore", "\n"]
@@ -86,6 +91,46 @@ def test_tokens_are_those_of_the_tokenizer(pair: tuple[ZooGguf, HFLM]) -> None:
     assert (ours.eot_token_id, ours.prefix_token_id) == (reference.eot_token_id, reference.prefix_token_id)
     for text in ("<|start|>Hi", "naïve café — ½ 日本語", " two  spaces"):
         assert ours.tok_encode(text) == reference.tok_encode(text)
+
+
+WINDOWS: Ids = np.random.default_rng(0).integers(3, VOCABULARY, (3, 600))  # of more tokens than a call takes
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_mpt])
+def test_perplexity_of_a_float_file_is_that_of_the_folder(make: Callable[..., Path], tmp_path: Path) -> None:
+    folder = make(tmp_path / "model")
+    path = export_gguf(folder, tmp_path / "out", ["F32"], name="tiny", license=None)["F32"]
+    (expected,) = perplexity(load_model(folder)[0], WINDOWS[:, :300], text=TEXT, subject="entry")
+    (found,) = asked_in_shards(path, WINDOWS[:, :300], tmp_path / "store")
+    assert found.dtype == "F32, llama.cpp"
+    assert found.value == pytest.approx(expected.value, rel=2e-3)  # keys and values are in float16
+    assert found.stderr == pytest.approx(expected.stderr, rel=2e-2)
+    same = {"value": expected.value, "stderr": expected.stderr, "dtype": expected.dtype}
+    assert found.model_copy(update=same) == expected
+
+
+def test_perplexity_of_a_quantized_file_is_that_of_llama_cpp_itself(tmp_path: Path) -> None:
+    folder = tiny_llama(tmp_path / "model")
+    paths = export_gguf(folder, tmp_path / "out", ["F32", "Q4_0"], name="tiny", license=None)
+    (found,) = asked_in_shards(paths["Q4_0"], WINDOWS, tmp_path / "store")
+    runner = Llama(str(paths["Q4_0"]), n_ctx=768, n_threads=1, logits_all=True, verbose=False)
+    losses = []
+    for window in WINDOWS:
+        runner.reset()
+        runner.eval(window.tolist())
+        logits = runner.scores[:600].astype(np.float64)
+        logits -= logits.max(-1, keepdims=True)
+        log_probabilities = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        losses.append(-log_probabilities[np.arange(599), window[1:]].mean())
+    assert found.value == pytest.approx(np.exp(np.mean(losses)), rel=1e-3)
+    (whole,) = asked_in_shards(paths["F32"], WINDOWS, tmp_path / "store")
+    assert abs(found.value / whole.value - 1) > 5e-3  # it is the file that answers
+    assert found.dtype == "Q4_0, llama.cpp"
+
+
+def asked_in_shards(path: Path, ids: Ids, store: Path) -> list[Measurement]:
+    work = work_on(path, path.name, Store(store), workers=1)
+    return perplexity_in_shards(work, ids, text=TEXT, subject="entry")
 
 
 tokens = st.lists(st.integers(0, 2), max_size=6)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from statistics import fmean
 from typing import Literal, TypeVar
 
-from zoo.compare import describe, protocol
+from zoo.compare import describe, own, protocol
 from zoo.entry import Benchmark, Measurement, Record
 from zoo.errors import UsageError, ZooError
 from zoo.registry import Summary
@@ -240,7 +240,7 @@ Protocol = tuple[object, ...]
 
 def _own(entry: Summary, metric: str, subject: str = "entry") -> dict[Protocol, Measurement]:
     """The measurements of one metric, by how they were made."""
-    return {protocol(m): m for m in entry.measurements if (m.metric, m.subject) == (metric, subject)}
+    return {protocol(m): m for m in own(entry.measurements) if (m.metric, m.subject) == (metric, subject)}
 
 
 def _setting(b: Benchmark) -> Protocol:

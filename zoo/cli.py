@@ -9,14 +9,14 @@ import os
 import sys
 import unicodedata
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from zoo import __version__
-from zoo.errors import UsageError, ZooError
+from zoo.errors import Stopped, UsageError, ZooError
 
 if TYPE_CHECKING:
     from pipelines.executors import Executor
@@ -121,6 +121,9 @@ def main() -> None:
             _complain("interrupted; what was finished is kept")
     except SYNTAX_ERROR as error:
         code = _syntax(error)
+    except Stopped as error:
+        code = 128 + error.signal
+        _complain(str(error))
     except ZooError as error:
         code = WRONG_USAGE if isinstance(error, UsageError) else FAILED
         _complain(str(error))
@@ -214,11 +217,19 @@ def run(
 
     parsed = load(recipe, set_ or [])
 
-    from pipelines.run import run as run_recipe  # after it, as this imports torch, which takes seconds
     from zoo.registry import open_registry
     from zoo.shared_store import open_store
+    from zoo.signals import stoppable
 
-    entry = run_recipe(parsed, open_store(store.expanduser(), shared_store), open_registry(registry))
+    def last_words(stopped: Stopped) -> None:
+        _complain(str(stopped))
+        with suppress(ZooError):
+            open_registry(registry, create=False).close_dead_runs(os.getpid())
+
+    with stoppable(last_words):
+        from pipelines.run import run as run_recipe  # after the recipe: it imports torch, which takes seconds
+
+        entry = run_recipe(parsed, open_store(store.expanduser(), shared_store), open_registry(registry))
     if as_json:
         _print_json(entry)
     else:
@@ -1214,11 +1225,9 @@ def _show(text: str) -> None:
 
 def _lines() -> Iterator[str]:
     """What a person types, line by line."""
-    import contextlib
-
     terminal = sys.stdin.isatty()
     if terminal:
-        with contextlib.suppress(ImportError):
+        with suppress(ImportError):
             import readline  # noqa: F401  (by its import, `input` can edit lines)
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # what is not UTF-8 is refused where it is used
@@ -1312,7 +1321,7 @@ def _print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def _print_entry(entry: Entry) -> None:
-    from zoo.compare import describe, pairs
+    from zoo.compare import describe, gguf_files, gguf_tasks, pairs
 
     facts = {
         "id": entry.id,
@@ -1334,6 +1343,24 @@ def _print_entry(entry: Entry) -> None:
             arrow = "↑" if measured.direction == "higher_is_better" else "↓"
             lines.append([f"{describe(measured)} {arrow}", _value(measured), _value(base)])
         _print_table(["measured", "entry", "base"], lines)
+    if ggufs := gguf_files(entry):
+        print()
+        tasks = len(gguf_tasks(entry))
+        accuracy = f"accuracy, {tasks} tasks" if tasks > 1 else "accuracy"
+        _print_table(
+            ["of GGUF files", "size", "bits/weight", "perplexity", accuracy, "decode tok/s"],
+            [
+                [
+                    one.file.path,
+                    _size(one.file.size),
+                    f"{one.bits_per_weight:.4g}",
+                    _value(one.perplexity),
+                    "-" if one.accuracy is None else f"{one.accuracy:.4f}",
+                    "-" if one.decode is None else f"{one.decode:.1f}",
+                ]
+                for one in ggufs
+            ],
+        )
     if entry.artifacts:
         passed: dict[str, bool] = {}
         for v in entry.verifications:
@@ -1508,9 +1535,9 @@ def _print_bench(measured: Bench) -> None:
 
 
 def _line(summary: Summary) -> list[str]:
-    from zoo.compare import WEIGHTS
+    from zoo.compare import WEIGHTS, own
 
-    perplexities = [m for m in summary.measurements if m.metric == "perplexity"]
+    perplexities = [m for m in own(summary.measurements) if m.metric == "perplexity"]
     ours = next((m for m in perplexities if m.subject == "entry"), None)
     base = next((m for m in perplexities if m.subject == "base"), None)
     perplexity = "-"

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from zoo.entry import Benchmark, Direction, Entry, Measurement, Record
+from zoo.entry import Artifact, Benchmark, Direction, Entry, Measurement, Record
 
 WEIGHTS = ("safetensors", "compressed-tensors", "gguf", "packed")  # kinds of artifact that hold the model
 # What two measurements must share for their values to be compared.
@@ -19,6 +19,15 @@ _PROTOCOL = (
 def protocol(measurement: Measurement) -> tuple[object, ...]:
     """All that says how a figure was measured, and not of what."""
     return tuple(getattr(measurement, name) for name in _PROTOCOL)
+
+
+def own(measurements: Iterable[Measurement]) -> list[Measurement]:
+    """What was measured of the base, and of the entry itself: its weights or its packed file.
+
+    Wherever one figure stands for the entry it is one of these, and never one of its GGUF files', which are
+    llama.cpp's quantizations of it (`gguf_files`).
+    """
+    return [m for m in measurements if not (m.artifact or "").endswith(".gguf")]
 
 
 class Pair(NamedTuple):
@@ -46,9 +55,52 @@ class Pair(NamedTuple):
         return math.hypot(self.entry.stderr, self.base.stderr)
 
 
-def pairs(measurements: Sequence[Measurement]) -> list[Pair]:
-    base = {protocol(m): m for m in measurements if m.subject == "base"}
-    return [Pair(m, base.get(protocol(m))) for m in measurements if m.subject == "entry"]
+def pairs(measurements: Iterable[Measurement]) -> list[Pair]:
+    """The entry's own figures, each with its base's."""
+    found = own(measurements)
+    base = {protocol(m): m for m in found if m.subject == "base"}
+    return [Pair(m, base.get(protocol(m))) for m in found if m.subject == "entry"]
+
+
+class GgufFile(NamedTuple):
+    """A GGUF file of an entry, with what llama.cpp makes of it."""
+
+    file: Artifact
+    bits_per_weight: float  # all of the file's bytes
+    perplexity: Measurement | None
+    accuracies: dict[str, Measurement]  # task -> its metric `accuracy`
+    decode: float | None  # best, tokens/s
+
+    @property
+    def accuracy(self) -> float | None:
+        """Mean over the tasks."""
+        values = [m.value for m in self.accuracies.values()]
+        return sum(values) / len(values) if values else None
+
+
+def gguf_files(entry: Entry) -> list[GgufFile]:
+    """The GGUF files, largest first; none if none of them was asked anything."""
+    files = sorted((a for a in entry.artifacts if a.kind == "gguf"), key=lambda a: -a.size)
+    found = []
+    for file in files:
+        measured = [m for m in entry.measurements if m.artifact == file.path]
+        speeds = [b.decode_tokens_per_s for b in entry.benchmarks if b.artifact == file.path]
+        texts = (m for m in measured if m.metric == "perplexity" and m.sample_unit == "windows")
+        found.append(
+            GgufFile(
+                file=file,
+                bits_per_weight=8 * file.size / max(1, entry.parameters),
+                perplexity=next(texts, None),
+                accuracies={m.task: m for m in measured if m.metric == "accuracy"},
+                decode=max(speeds, default=None),
+            )
+        )
+    return found if any(one.perplexity or one.accuracies for one in found) else []
+
+
+def gguf_tasks(entry: Entry) -> list[str]:
+    """The tasks that any of its GGUF files was asked, for a table of `gguf_files`."""
+    return list(dict.fromkeys(task for one in gguf_files(entry) for task in one.accuracies))
 
 
 class Row(Record):
@@ -63,7 +115,10 @@ class Row(Record):
 
 
 def compare(entries: Sequence[Entry]) -> list[Row]:
-    """Every figure that any of the entries has: compression, then measurements, then speed."""
+    """Every figure that any of the entries has: compression, then measurements, then speed.
+
+    Of GGUF files, what their table shows.
+    """
     rows = [
         _row("sparsity", "1", None, [e.sparsity for e in entries]),
         _row("bits per weight", "bit", "lower_is_better", [e.bits_per_weight for e in entries]),
@@ -75,7 +130,7 @@ def compare(entries: Sequence[Entry]) -> list[Row]:
         rows.append(_row(name, "byte", "lower_is_better", [_size(e, kind, form) for e in entries]))
     bases = {entry.base_sha256 for entry in entries}
     shared = len(bases) == 1 and None not in bases
-    for key in dict.fromkeys(protocol(m) for e in entries for m in e.measurements if m.subject == "entry"):
+    for key in dict.fromkeys(protocol(pair.entry) for e in entries for pair in pairs(e.measurements)):
         measured = [_measured(entry, key, "entry") for entry in entries]
         one = next(m for m in measured if m is not None)
         base = next((m for e in entries if (m := _measured(e, key, "base"))), None) if shared else None
@@ -83,6 +138,7 @@ def compare(entries: Sequence[Entry]) -> list[Row]:
         rows.append(
             _row(describe(one), one.unit, one.direction, values, None if base is None else base.value)
         )
+    rows += _rows_of_gguf_files(entries)
     for setting in dict.fromkeys(_setting(e, b) for e in entries for b in e.benchmarks):
         runs = [next((b for b in e.benchmarks if _setting(e, b) == setting), None) for e in entries]
         prefill = [None if run is None else run.prefill_tokens_per_s for run in runs]
@@ -119,7 +175,26 @@ def _best(values: Sequence[float | None], direction: Direction | None) -> list[i
 
 
 def _measured(entry: Entry, key: tuple[object, ...], subject: str) -> Measurement | None:
-    return next((m for m in entry.measurements if m.subject == subject and protocol(m) == key), None)
+    return next((m for m in own(entry.measurements) if m.subject == subject and protocol(m) == key), None)
+
+
+def _rows_of_gguf_files(entries: Sequence[Entry]) -> list[Row]:
+    """Perplexity and accuracies of the entries' GGUF files, type by type."""
+    measured = [
+        {
+            (one.file.format or one.file.path, protocol(m)): m
+            for one in gguf_files(entry)
+            for m in (*filter(None, [one.perplexity]), *one.accuracies.values())
+        }
+        for entry in entries
+    ]
+    rows = []
+    for key in dict.fromkeys(key for figures in measured for key in figures):
+        found = [figures.get(key) for figures in measured]
+        one = next(m for m in found if m is not None)
+        values = [None if m is None else m.value for m in found]
+        rows.append(_row(f"{describe(one)}, gguf {key[0]}", one.unit, one.direction, values))
+    return rows
 
 
 def _size(entry: Entry, kind: str, form: str | None) -> float | None:

@@ -25,6 +25,7 @@ class Measurement(Record):
     """One figure with all that is needed to reproduce it."""
 
     subject: Literal["entry", "base"]
+    artifact: str | None = None  # path of the entry's file that was asked; None: the weights, in transformers
     metric: str  # perplexity, accuracy, accuracy_norm, kl_divergence, top1_agreement, ...
     value: float
     stderr: float | None = None

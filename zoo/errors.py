@@ -81,3 +81,14 @@ class RegistryError(ZooError):
 
 class HubError(ZooError):
     """A Hub or zoo server that cannot be reached, refuses, or sends what it should not."""
+
+
+class Stopped(ZooError):
+    """Ended by a signal; exit code 128 + its number, as shells have it."""
+
+    def __init__(self, what: str, signal: int) -> None:
+        super().__init__(what)
+        self.signal = signal
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Stopped, (self.what, self.signal)

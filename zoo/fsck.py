@@ -7,7 +7,7 @@ worthless: half-written outputs, or damaged ones, which are made again.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -197,10 +197,14 @@ def _entry_files(
 ) -> Iterator[_Found]:
     """The folder of an entry against the registry."""
     folder = store.root / "entries" / entry.id
-    if not folder.is_dir() and entry.publications:
-        return  # it can be pulled
-    if not folder.is_dir() and isinstance(store, SharedStore) and store.remote.holds(entry):
-        return  # another machine made it
+    if not folder.is_dir():
+        if entry.publications:
+            return  # it can be pulled
+        if isinstance(store, SharedStore) and store.remote.holds(entry):
+            return  # another machine made it
+        yield from _absent(entry, store)
+        if not folder.is_dir():  # else it is there by now, as a repair
+            return
     pulled = (folder / MANIFEST).is_symlink()  # perhaps in part only
     here = [a for a in entry.artifacts if not pulled or (folder / a.path).is_symlink()]
     wrong = [found for a in here if (found := _wrong(folder / a.path, a)) is not None]
@@ -211,10 +215,8 @@ def _entry_files(
             how = f"pull it from {entry.publications[-1].repository}"
             mend = partial(_fetch, entry, artifact, folder, fetch)
         if mend is None:
-            how = "zoo run RECIPE" if not entry.publications else f"zoo pull --force {entry.id}"
+            how = f"zoo pull --force {entry.id}" if entry.publications else _again(entry)
         yield _Found(_finding("store", f"{entry.id}/{artifact.path}", problem, how), mend)
-    if not folder.is_dir():
-        return
     pulled = (folder / MANIFEST).is_symlink()  # by now, perhaps, as a repair
     known = {a.path for a in entry.artifacts} | {CARD, RECORD}
     there = [] if pulled else sorted(p for p in folder.rglob("*") if p.is_file())
@@ -230,6 +232,25 @@ def _entry_files(
     if not pulled and not (folder / CARD).is_file():
         mend_card = None if render is None else partial(_write_card, folder / CARD, render, entry)
         yield _Found(_finding("store", f"{entry.id}/{CARD}", "is missing", "render it"), mend_card)
+
+
+def _absent(entry: Entry, store: Store) -> Iterator[_Found]:
+    """An entry of which nothing is in the store: lost, or made elsewhere."""
+    mends = [mend for artifact in entry.artifacts if (mend := _mend_file(entry, artifact, store))]
+    whole = len(mends) == len(entry.artifacts)
+    how = "copy them from the stage that made them" if whole else _again(entry)
+    problem = "was not published, and its files are not in this store"
+    if entry.artifacts:
+        yield _Found(_finding("store", entry.id, problem, how), partial(_all, mends) if whole else None)
+
+
+def _all(mends: Sequence[Callable[[], None]]) -> None:
+    for mend in mends:
+        mend()
+
+
+def _again(entry: Entry) -> str:
+    return f"zoo import {entry.origin}" if entry.origin else "zoo run RECIPE"
 
 
 def _write_card(path: Path, render: Callable[[Entry], str], entry: Entry) -> None:

@@ -50,7 +50,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--recipe", type=Path, help="its steps are done; its base is --model")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="changes")
     parser.add_argument(
-        "--data", action="append", default=[], help="text or token ids instead of the recipe's; repeatable"
+        "--data",
+        action="append",
+        default=[],
+        help="text or token ids instead of the recipe's `data` and `written`; repeatable",
     )
     parser.add_argument("--out", type=Path, help="folder for everything that is made")
     parser.add_argument("--seconds", type=float, help="time of this call, after which it saves and ends")
@@ -73,8 +76,15 @@ def _run(options: argparse.Namespace) -> bool:
     recipe = load(options.recipe, changes)
     if options.data:
         recipe = _with_data(recipe, options.data)
-    if any(isinstance(step, Recover) and step.teacher for step in recipe.steps) and options.teacher is None:
+    trainings = [step for step in recipe.steps if isinstance(step, Recover)]
+    if any(step.teacher for step in trainings) and options.teacher is None:
         raise UsageError("the recipe names another teacher", try_="--teacher DIR")
+    others = {name for step in trainings for name in step.models if name != step.teacher}
+    if others:
+        raise UsageError(
+            f"the recipe trains on what {', '.join(sorted(map(str, others)))} writes",
+            try_="`python -m pipelines.recover.written`, then --data with that file and all other texts",
+        )
     teacher = options.teacher or options.model
     out: Path = options.out.absolute()
     identity = sha256_json(
@@ -119,7 +129,7 @@ def _recover(
     from pipelines.recover.train import Job, recover
 
     store, teacher_id = Store(out / "store"), _fingerprint(teacher)
-    tokens = training_tokens(step, folder, teacher, teacher_id, store)
+    tokens = training_tokens(step, folder, {step.teacher: (teacher, teacher_id)}, store)
     others = alternatives(step, tokens, teacher, teacher_id, store)
     job = Job(step=step, student=folder, teacher=teacher, tokens=tokens, alternatives=others, out=fresh,
               state=state, stop_after=seconds)  # fmt: skip
@@ -127,8 +137,8 @@ def _recover(
 
 
 def _with_data(recipe: Recipe, sources: Sequence[str]) -> Recipe:
-    data = [TrainingText(source=source) for source in sources]
-    steps = [s.model_copy(update={"data": data}) if isinstance(s, Recover) else s for s in recipe.steps]
+    change = {"data": [TrainingText(source=source) for source in sources], "written": []}
+    steps = [s.model_copy(update=change) if isinstance(s, Recover) else s for s in recipe.steps]
     return recipe.model_copy(update={"steps": steps})
 
 

@@ -1,4 +1,5 @@
-"""All token files that a recover step trains on: its texts, and what a teacher writes for its skills."""
+"""All token files that a recover step trains on: its texts, what a teacher writes for its
+skills, and what models write."""
 
 from __future__ import annotations
 
@@ -6,22 +7,29 @@ import argparse
 import shutil
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 from pipelines.recipe import Recover
 from pipelines.recover.data import tokenized
 from pipelines.recover.skill import skill_tokens
+from pipelines.recover.written import written_tokens
 from zoo.errors import ZooError
 from zoo.files import Store, atomic_file
 
 
-def training_tokens(step: Recover, model: Path, teacher: Path, teacher_id: str, store: Store) -> list[Path]:
+def training_tokens(
+    step: Recover, model: Path, models: Mapping[str | None, tuple[Path, str]], store: Store
+) -> list[Path]:
     """Files of token ids by the tokenizer of `model`; each is made once and then found in the store.
 
-    `teacher_id` names the teacher's weights by their content.
+    models: by the names in `step.models`, the folder of each and what names its weights by their content.
     """
-    texts = [tokenized(text.source, text.column, text.tokens, model, store) for text in step.data]
-    return texts + [skill_tokens(skill, teacher, teacher_id, model, store) for skill in step.skills]
+    return [
+        *(tokenized(text.source, text.column, text.tokens, model, store) for text in step.data),
+        *(skill_tokens(skill, *models[step.teacher], model, store) for skill in step.skills),
+        *(written_tokens(text, *models[text.model or step.teacher], model, store) for text in step.written),
+    ]
 
 
 def main() -> None:

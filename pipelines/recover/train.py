@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -20,6 +18,7 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor, nn
 
+from pipelines import cluster
 from pipelines.checkpoint import Checkpoint
 from pipelines.recipe import Optimizer, Recover
 from pipelines.recover.data import Blocks, open_tokens
@@ -37,7 +36,7 @@ from pipelines.recover.student import (
 )
 from pipelines.recover.write import write_model
 from zoo.entry import TrainingPoint
-from zoo.errors import NumericsError, UsageError, ZooError
+from zoo.errors import NumericsError, UsageError
 from zoo.files import canonical_json, sha256_bytes
 from zoo.progress import QUIET_INTERVAL_S, say
 
@@ -68,30 +67,15 @@ class Job(BaseModel):
 def recover(job: Job) -> Progress:
     """Train from where the state is, and write the model, finished or not, to `job.out`.
 
-    Uses all GPUs there are, each in a process of its own. Raises ZooError for what is wrong with the recipe,
-    the text or the numbers.
+    Uses all GPUs there are, also of the other machines that the Ray executor reserved, each in a process of
+    its own. Raises ZooError for what is wrong with the recipe, the text or the numbers.
     """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if gpus > 1 and "LOCAL_RANK" not in os.environ:
-        return launched(job, gpus)
+    if "LOCAL_RANK" not in os.environ and (gpus > 1 or cluster.reserved() is not None):
+        from pipelines.recover.launch import launched
+
+        return launched(job, max(gpus, 1))
     return train(job)
-
-
-def launched(job: Job, processes: int) -> Progress:
-    """As `train`, in several processes of this machine, by torchrun, which `accelerate launch` runs too."""
-    job.state.mkdir(parents=True, exist_ok=True)
-    description = job.state.parent / f"{job.state.name}.job.json"
-    description.write_text(job.model_dump_json())
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
-               "-m", "pipelines.recover", "--job", str(description)]  # fmt: skip
-    try:
-        done = subprocess.run(command, check=False)
-    finally:
-        description.unlink(missing_ok=True)
-    state = newest(job.state)
-    if done.returncode or state is None:
-        raise ZooError(f"training in {processes} processes ended with code {done.returncode}")
-    return read_progress(state, job.fingerprint)
 
 
 def train(job: Job) -> Progress:
@@ -139,7 +123,7 @@ class _Loop:
         self.teacher, self.blocks, self.masks, self.progress = teacher, blocks, masks, progress
         self.names = linear_names(checkpoint)
         self.pruner = Pruner(job.step.prune, self.names) if job.step.prune else None
-        share, self.micro = _shares(self.step, accelerator.num_processes)
+        share, self.micro = shares(self.step, accelerator.num_processes)
         self.accumulated = share // self.micro
         self.step_tokens = self.step.batch * self.step.length
         self.clock = _Clock(accelerator, job.stop_after)
@@ -450,7 +434,7 @@ def _optimizer(setting: Optimizer, student: nn.Module) -> torch.optim.Optimizer:
     return found
 
 
-def _shares(step: Recover, processes: int) -> tuple[int, int]:
+def shares(step: Recover, processes: int) -> tuple[int, int]:
     """Blocks of an optimizer step for each process, and how many of them at once."""
     if step.batch % processes:
         raise UsageError(

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import yaml
 from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
 
+from zoo.compare import own
 from zoo.entry import Measurement
 
 FOLDER = ".eval_results"
@@ -40,7 +41,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {
 def eval_results(measurements: Iterable[Measurement], date: str) -> dict[str, bytes]:
     """Path in the repository -> content, one file for each recognised benchmark. `date` is ISO 8601."""
     files = {}
-    for m in measurements:
+    for m in own(measurements):
         benchmark = BENCHMARKS.get(m.task)
         if m.subject != "entry" or benchmark is None or m.limit is not None or m.metric != benchmark.metric:
             continue

@@ -22,7 +22,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+)
 
 from zoo.entry import EntryId, Record
 from zoo.errors import UsageError
@@ -69,6 +77,7 @@ class Target(Part):
 
 
 StageKind = Literal["compress", "recover", "evaluate", "export"]
+SHARED_STAGES = ("recover", "evaluate")  # which several workers can do together
 
 
 class StageNeeds(Part):
@@ -77,6 +86,7 @@ class StageNeeds(Part):
     cpus: float | None = Field(None, gt=0)
     gpus: float | None = Field(None, ge=0)
     memory_gb: float | None = Field(None, gt=0)
+    workers: int | None = Field(None, ge=1)
 
 
 class Needs(Part):
@@ -85,12 +95,21 @@ class Needs(Part):
     cpus: float = Field(1.0, gt=0)
     gpus: float = Field(0.0, ge=0)
     memory_gb: float | None = Field(None, gt=0)
+    workers: int = Field(1, ge=1, description="that have this each and share a training or an evaluation")
     stages: dict[StageKind, StageNeeds] = {}
+
+    @field_validator("stages")
+    @classmethod
+    def _alone(cls, stages: dict[StageKind, StageNeeds]) -> dict[StageKind, StageNeeds]:
+        if wrong := [kind for kind, needs in stages.items() if needs.workers and kind not in SHARED_STAGES]:
+            raise ValueError(f"{wrong[0]} is done by one worker; `workers` is for recover and evaluate")
+        return stages
 
     def of(self, kind: StageKind) -> Needs:
         """What a stage of this kind needs: the job's, but for what is said of the stage."""
         said = self.stages.get(kind, StageNeeds()).model_dump(exclude_none=True)
-        return self.model_copy(update={**said, "stages": {}})
+        alone = {} if kind in SHARED_STAGES else {"workers": 1}
+        return self.model_copy(update={**said, **alone, "stages": {}})
 
 
 class Group(Part):

@@ -12,6 +12,7 @@ from zoo.entry import Entry, Record
 from zoo.jobs.joblist import Job
 
 State = Literal["fresh", "stale", "waiting", "broken"]
+NOT_HERE = "it was not published, and its files are not in this store"
 MACHINES_OWN = "verify"  # its key holds the machine, so another one's says nothing
 
 
@@ -20,7 +21,7 @@ class Facts(Record):
 
     problem: str | None = None  # why the rest could not be found out: the recipe, the base model ...
     entry: Entry | None = None
-    recipe_sha256: str = ""
+    recipe_changed: bool = False
     base_revision: str = ""
     base_sha256: str | None = None  # None: known by its revision only
     versions: dict[str, str] = Field(default_factory=dict)
@@ -75,7 +76,7 @@ def stale(facts: Facts) -> list[str]:
     reasons = []
     if entry.status == "failed":
         reasons.append(f"failed: {entry.failure or 'no reason recorded'}")
-    if entry.recipe_sha256 != facts.recipe_sha256:
+    if facts.recipe_changed:
         reasons.append("the recipe changed")
     if entry.base_revision != facts.base_revision:
         reasons.append(f"new base revision: {_short(facts.base_revision)}, was {_short(entry.base_revision)}")
@@ -84,7 +85,9 @@ def stale(facts: Facts) -> list[str]:
     reasons += _versions(entry.versions, facts.versions)
     if not reasons and (changed := _changed_stages(entry, facts)):
         reasons.append(f"changed code or text: {', '.join(changed)}")
-    if facts.missing:
+    if facts.missing and len(facts.missing) == len(entry.artifacts):
+        reasons.append(f"missing artifacts: {NOT_HERE}")
+    elif facts.missing:
         more = f" and {len(facts.missing) - 3} more" if len(facts.missing) > 3 else ""
         reasons.append(f"missing artifact: {', '.join(facts.missing[:3])}{more}")
     if facts.unpublished:

@@ -11,7 +11,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from zoo.compare import compare, describe, protocol
+from zoo.compare import compare, describe, own, protocol
 from zoo.entry import Entry, Record
 from zoo.files import atomic_file, sha256_json, told_plainly
 from zoo.jobs.joblist import Tolerance
@@ -69,7 +69,7 @@ class JobsSummary(Record):
 def figures(entry: Entry) -> list[Figure]:
     """What is compared from run to run: names of figures that were measured alike are equal."""
     found = []
-    for m in entry.measurements:
+    for m in own(entry.measurements):
         if m.subject == "entry":
             how = sha256_json([str(part) for part in protocol(m)])[:8]
             kind: Literal["accuracy", "perplexity"] = (

@@ -18,6 +18,7 @@ _FOREIGN = {
     ("aiohttp.client_exceptions", "ClientConnectionError"),
     ("botocore.exceptions", "ConnectionError"),
     ("botocore.exceptions", "HTTPClientError"),
+    ("ray.exceptions", "RayActorError"),
 }
 _CONNECTION_LOST = ("08", "57P")  # SQLSTATE: connection exception, operator intervention
 _TRY_AGAIN = ("40", "53300", "55P03")  # serialization, too many connections, lock not available

@@ -111,7 +111,7 @@ class IndexRow(Base):
     A search at 100,000 entries reads these rows only; `entries` with its recipes is twenty times as wide.
     Migration 0002 has the indexes, which differ from database to database: one for each sort, and one of the
     trigrams of `text`, on PostgreSQL pg_trgm's, on SQLite the table `entry_text` of its FTS5, which is why
-    `key` is an integer.
+    `key` is an integer. Migration 0004 has one of what filters look at.
     """
 
     __tablename__ = "entry_index"
@@ -191,6 +191,7 @@ class MeasurementRow(OfEntry, Base):
     __tablename__ = "measurements"
 
     subject: Mapped[str]
+    artifact: Mapped[str | None]
     metric: Mapped[str]
     value: Mapped[float]
     stderr: Mapped[float | None]

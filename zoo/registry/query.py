@@ -25,6 +25,7 @@ _SORTS: dict[str, tuple[Any, bool]] = {
     "sparsity": (IndexRow.sparsity, True),
 }
 MOST_COUNTED = 10_000  # matches of a query: beyond, counting costs more than it tells
+MOST_WALKED = 10_000  # entries that a short walk passes; reading more costs as much as sorting the matches
 TRIGRAM = 3  # characters: shorter words are not in the databases' trigram indexes
 
 
@@ -79,38 +80,47 @@ def is_broad(query: Query) -> bool:
     return query.model_dump(exclude={"sort", "reverse", "limit", "offset"}) == _NOTHING
 
 
+def matching(query: Query, database: str, machines: Sequence[str] | None) -> Any:
+    """SELECT the ids of all that match."""
+    found, _, _ = _found(query, machines)
+    return found.where(*_conditions(query, database))
+
+
 def count(query: Query, database: str, machines: Sequence[str] | None) -> Any:
     """SELECT how many match, at most MOST_COUNTED + 1."""
-    found, _, _ = _found(query, machines)
-    matches = found.where(*_conditions(query, database)).limit(MOST_COUNTED + 1).subquery()
+    matches = matching(query, database, machines).limit(MOST_COUNTED + 1).subquery()
     return select(func.count()).select_from(matches)
 
 
-def first_matches(query: Query, database: str, machines: Sequence[str] | None) -> Any:
-    """SELECT the page of ids, each with its decode speed and how many match, at most MOST_COUNTED + 1.
+def all_sorted(query: Query, database: str, machines: Sequence[str] | None, most: int | None = None) -> Any:
+    """SELECT the page of ids, each with its decode speed and how many match, by sorting all that match.
 
-    One pass over what matches, wherever it lies, which ends at so many: then the page is not the right one,
-    and `in_order` gives it. `database` is SQLAlchemy's name of the dialect; `machines` the fingerprints that
-    `query.machine` means.
+    One pass over what matches, wherever it lies. With `most` it ends after so many: where there are as many,
+    the page is not the right one. `database` is SQLAlchemy's name of the dialect; `machines` the fingerprints
+    that `query.machine` means.
     """
     found, figure, speed = _found(query, machines)
     found = found.add_columns(figure.label("figure"), speed.label("speed"))
-    chosen = found.where(*_conditions(query, database)).limit(MOST_COUNTED + 1)
+    chosen = found.where(*_conditions(query, database)).limit(most)
     matches = chosen.cte("matches").prefix_with("MATERIALIZED")
     total = select(func.count()).select_from(matches)
     page = select(matches.c.entry_id, matches.c.speed, total.scalar_subquery())
     return _page(page.order_by(*_order(query, matches.c.figure, matches.c.entry_id)), query)
 
 
-def in_order(query: Query, database: str, machines: Sequence[str] | None) -> Any:
+def in_order(query: Query, database: str, machines: Sequence[str] | None, most: int | None = None) -> Any:
     """SELECT the page of ids, each with its decode speed, by walking an index of the figure sorted by.
 
-    The way to the first of many matches; where few match, it passes all others.
+    The way to the first of many matches; where few match, it passes all others. With `most` the walk ends
+    after so many entries, matching or not: a page that is not full is then not the right one.
     """
     found, figure, speed = _found(query, machines)
-    order = _order(query, figure, IndexRow.entry_id)
     conditions = _conditions(query, database, walking=True)
-    return _page(found.add_columns(speed).where(*conditions).order_by(*order), query)
+    page = _page(found.add_columns(speed).where(*conditions).order_by(*_order(query, figure)), query)
+    if most is None:
+        return page
+    passed = select(*IndexRow.__table__.c).order_by(*_order(query, _SORTS[query.sort][0])).limit(most)
+    return page.add_cte(passed.cte(IndexRow.__tablename__))  # which the page reads in place of the table
 
 
 def _found(query: Query, machines: Sequence[str] | None) -> tuple[Any, Any, Any]:
@@ -124,7 +134,7 @@ def _found(query: Query, machines: Sequence[str] | None) -> tuple[Any, Any, Any]
     return found, speed if query.sort == "speed" else _SORTS[query.sort][0], speed
 
 
-def _order(query: Query, figure: Any, entry_id: Any) -> tuple[Any, ...]:
+def _order(query: Query, figure: Any, entry_id: Any = IndexRow.entry_id) -> tuple[Any, ...]:
     if query.sort == "id":
         return (entry_id.desc() if largest_first(query) else entry_id.asc(),)
     direction = figure.desc() if largest_first(query) else figure.asc()
