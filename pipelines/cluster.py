@@ -115,6 +115,8 @@ def others(actor: type, most: int | None = None) -> Iterator[list[Any]]:
 
 def end(actors: Sequence[Any]) -> None:
     """End actors now; what they were asked fails."""
+    if not actors:
+        return  # and no Ray need be installed
     import ray
 
     for actor in actors:
