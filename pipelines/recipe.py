@@ -194,9 +194,11 @@ class Skill(Part):
 
     prompts: str = Field(description="a .txt file with a prompt per line, a .parquet file, or hub:org/name")
     column: str = "text"
-    samples: int = Field(1, ge=1, description="answers to each prompt")
+    templates: list[str] = Field(["{}"], min_length=1, description="what is asked, each with a prompt for {}")
+    samples: int = Field(1, ge=1, description="answers to each of these")
     new_tokens: int = Field(256, ge=1, description="length of an answer at most")
     temperature: float = Field(0.8, gt=0)
+    batch: int = Field(16, ge=1, description="prompts that a local teacher answers at a time")
     endpoint: str | None = Field(
         None, description="URL of an OpenAI-compatible server, its key in OPENAI_API_KEY; null: the teacher"
     )
@@ -207,6 +209,8 @@ class Skill(Part):
     def _model_of_the_endpoint(self) -> Skill:
         if (self.endpoint is None) != (self.model is None):
             raise ValueError("`endpoint` and `model` go together")
+        if not all("{}" in template for template in self.templates):
+            raise ValueError("each of `templates` needs a {} for the prompt")
         return self
 
 

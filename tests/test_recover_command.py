@@ -122,10 +122,9 @@ def test_token_ids_can_be_given(base: Path, tmp_path: Path) -> None:
 def test_a_teacher_answers_and_no_answer_is_asked_twice(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(recover_skill, "BATCH", 2)
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("What is a fox?\n\nCount to three.\nWho sells shells?\n")
-    skill = Skill(prompts=str(prompts), samples=2, new_tokens=6)
+    skill = Skill(prompts=str(prompts), samples=2, new_tokens=6, batch=2)
     path = skill_tokens(skill, base, "teacher", base, Store(tmp_path / "store"))
     ids = np.load(path).tolist()
     tokenizer = AutoTokenizer.from_pretrained(base)
@@ -199,8 +198,10 @@ def test_an_endpoint_answers(
     url, asked = endpoint
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     prompts = tmp_path / "prompts.txt"
-    prompts.write_text("a fox\na dog\n")
-    skill = Skill(prompts=str(prompts), endpoint=url, model="big", temperature=0.5, new_tokens=9)
+    prompts.write_text("fox\ndog\n")
+    skill = Skill(
+        prompts=str(prompts), templates=["a {}"], endpoint=url, model="big", temperature=0.5, new_tokens=9
+    )
     path = skill_tokens(skill, base, "", base, Store(tmp_path / "store"))
     told = AutoTokenizer.from_pretrained(base).decode(np.load(path).tolist())
     assert "A FOX" in told and "A DOG" in told
@@ -233,6 +234,7 @@ def test_an_endpoint_answers(
         ("steps.1.prune={method: rigl, pattern: {keep: 4, group: 16}, schedule: stages, stages: [8, 6]}",
          "must fall to the pattern's keep, 4"),
         ("steps.1.skills=[{prompts: x, endpoint: http://y}]", "go together"),
+        ("steps.1.skills=[{prompts: x, templates: ['why']}]", "needs a {} for the prompt"),
         ("steps.1.written=[{source: x, tokens: 9, prompt: 15, length: 16}]", "leave room after the `prompt`"),
         ("steps.1.optimizer.learning_rates=1", "did you mean `learning_rate`"),
     ],

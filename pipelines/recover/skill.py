@@ -19,7 +19,6 @@ from zoo.errors import SourceError
 from zoo.files import Store, canonical_json, sha256_json, told_plainly
 from zoo.progress import track
 
-BATCH = 16  # prompts that a local teacher answers at once
 LONGEST_PROMPT = 1024  # tokens
 
 Answers = Callable[[list[str], int], list[str]]  # of prompts, with a seed
@@ -43,8 +42,13 @@ def _prompts(skill: Skill) -> list[str]:
     found = list(text.read_text(skill.prompts, column=skill.column).documents)
     if len(found) == 1:  # a .txt file
         found = found[0].splitlines()
-    prompts = [prompt.strip() for prompt in found if prompt.strip()]
-    return [prompt for prompt in prompts for _ in range(skill.samples)]
+    asked = [
+        template.replace("{}", prompt.strip())
+        for prompt in found
+        if prompt.strip()
+        for template in skill.templates
+    ]
+    return [prompt for prompt in asked for _ in range(skill.samples)]
 
 
 def _written(skill: Skill, prompts: list[str], path: Path, answer: Answers) -> Iterator[tuple[str, str]]:
@@ -52,11 +56,11 @@ def _written(skill: Skill, prompts: list[str], path: Path, answer: Answers) -> I
     with told_plainly(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
-        done = _complete_lines(path, len(prompts))
+        done = _complete_lines(path, len(prompts), skill.batch)
         with path.open("a") as file:
-            batches = range(len(done), len(prompts), BATCH)
-            for start in track(batches, f"answers to {skill.prompts}, {BATCH} at a time"):
-                asked = prompts[start : start + BATCH]
+            batches = range(len(done), len(prompts), skill.batch)
+            for start in track(batches, f"answers to {skill.prompts}, {skill.batch} at a time"):
+                asked = prompts[start : start + skill.batch]
                 for pair in zip(asked, answer(asked, skill.seed + start), strict=True):
                     file.write(canonical_json(pair) + "\n")
                     done.append(pair)
@@ -64,12 +68,12 @@ def _written(skill: Skill, prompts: list[str], path: Path, answer: Answers) -> I
     return iter(done)
 
 
-def _complete_lines(path: Path, wanted: int) -> list[tuple[str, str]]:
+def _complete_lines(path: Path, wanted: int, batch: int) -> list[tuple[str, str]]:
     """What was written before; half a line, left by a kill, is cut off."""
     lines = path.read_bytes().split(b"\n")
     pairs = [json.loads(line) for line in lines[:-1]]
     if len(pairs) < wanted:  # whole batches, so that seeds stay those of the first try
-        pairs = pairs[: len(pairs) // BATCH * BATCH]
+        pairs = pairs[: len(pairs) // batch * batch]
     with path.open("rb+") as file:
         file.truncate(sum(len(line) + 1 for line in lines[: len(pairs)]))
     return [(prompt, answer) for prompt, answer in pairs]
