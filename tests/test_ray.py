@@ -37,7 +37,7 @@ pytest.importorskip("ray", reason="needs Ray: pip install 'sparse-zoo[ray]'")
 import ray
 from ray.cluster_utils import Cluster
 
-LONG_S = 240.0  # for what has many processes to start
+LONG_S = 600.0  # for what has many processes to start
 pytestmark = pytest.mark.real  # starting a cluster takes half a minute
 ON_RAY = (
     "import sys, pipelines.ray_executor as e\n"

@@ -252,6 +252,7 @@ def test_a_planted_password_is_nowhere(fresh_postgres: str, tmp_path: Path) -> N
         assert len(workers) >= 1
         for each in (psutil.Process(process.pid), *workers):
             seen.add(" ".join(each.cmdline()))
+        until(lambda: any(run.status == "failed" for run in place.runs("one")), "one to have failed")
         process.terminate()
         done = Done(0, *process.communicate(timeout=60))  # a traceback is among it, as it should
     assert done.of("one")["outcome"] == "failed"
