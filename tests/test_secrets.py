@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -251,7 +251,9 @@ def test_a_planted_password_is_nowhere(fresh_postgres: str, tmp_path: Path) -> N
         workers = psutil.Process(process.pid).children(recursive=True)
         assert len(workers) >= 1
         for each in (psutil.Process(process.pid), *workers):
-            seen.add(" ".join(each.cmdline()))
+            with suppress(psutil.NoSuchProcess):  # one's may have ended; two's is started alike, and sleeps
+                seen.add(" ".join(each.cmdline()))
+        assert any("pipelines.worker" in command or "job_worker" in command for command in seen), seen
         until(lambda: any(run.status == "failed" for run in place.runs("one")), "one to have failed")
         process.terminate()
         done = Done(0, *process.communicate(timeout=60))  # a traceback is among it, as it should
