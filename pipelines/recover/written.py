@@ -34,7 +34,8 @@ def written_tokens(setting: Written, writer: Path, writer_id: str, model: Path, 
     Token ids are those of the tokenizer of `model`, which the writer must share. Every batch is on disk once
     it is written, so an interrupted run writes none twice.
     """
-    prompts = tokenized(setting.source, setting.column, None, model, store)
+    # more tokens than are to be written are never needed to begin from, and a data set may be endless
+    prompts = tokenized(setting.source, setting.column, setting.tokens, model, store)
     said = setting.model_dump(exclude={"source", "column", "model"})
     key = sha256_json({"written": CODE_VERSION, "prompts": sha256_file(prompts), "writer": writer_id, **said})
     with store.locked(key):
