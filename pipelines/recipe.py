@@ -305,6 +305,12 @@ class PruneInTraining(Part):
     until: float = Field(0.5, gt=0, le=0.95, description="fraction of the budget; then masks stay")
     every: int = Field(50, ge=1, description="optimizer steps between two updates of the masks")
     regrow: float = Field(0.1, ge=0, lt=1, description="rigl: fraction of the kept weights, falling to 0")
+    decay: float | None = Field(
+        None,
+        gt=0,
+        description="until `until`, what is not kept goes on learning and may come back, while it decays at "
+        "a rate that rises to this, times the learning rate, a step; null: it is zero at once",
+    )
     overrides: list[PruneOverride] = []
 
     @model_validator(mode="after")
@@ -316,6 +322,8 @@ class PruneInTraining(Part):
             raise ValueError(f"`stages` must fall to the pattern's keep, {self.pattern.keep}")
         if self.method == "snip" and self.schedule != "once":
             raise ValueError("snip prunes before training: `schedule: once`")
+        if self.decay is not None and self.method not in ("magnitude", "wanda"):
+            raise ValueError("`decay` goes with magnitude and wanda, which may bring weights back")
         return self
 
 
@@ -374,6 +382,9 @@ class Recover(Part):
             raise ValueError(f"`batch` must be a multiple of `micro_batch`, {self.micro_batch}")
         if self.weights == "bfloat16" and self.optimizer.kind == "adamw":
             raise ValueError("`weights: bfloat16` would round small updates away: take adamw-8bit")
+        prune, quantize = self.prune, self.quantize
+        if prune and prune.decay and quantize and quantize.start < prune.until:
+            raise ValueError("with `decay`, `quantize.start` must not come before `prune.until`")
         if self.quantize is not None and self.stored == "bfloat16":
             raise ValueError("bfloat16 does not hold integers times a scale: say `stored: float16`")
         return self

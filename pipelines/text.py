@@ -16,10 +16,12 @@ from zoo.errors import CalibrationError
 from zoo.files import sha256_file, sha256_tree
 
 PROSE = Path(__file__).parent / "tasks" / "prose.txt"
+# Our own, to be measured on, and for models to write on from
+BUILTIN = {"builtin:prose": PROSE, "builtin:seed": Path(__file__).parent / "recover" / "seed.txt"}
 SHARED = "${ZOO_SHARED}"
 FORMS = (
     "a .txt or .parquet file, a folder laid out like a Hub data set, "
-    "hub:org/name[/config][:split][@revision], or builtin:prose"
+    "hub:org/name[/config][:split][@revision], builtin:prose or builtin:seed"
 )
 PIECE = 1 << 20
 Options = dict[str, Any]
@@ -56,10 +58,10 @@ def read_text(
     `column` and `split` are for data sets; a split named in `source` goes first. At most `limit_bytes` of
     UTF-8 are kept, cut between characters. Raises CalibrationError for what is missing, empty or not text.
     """
-    if source == "builtin:prose":
-        return Text(_plain(PROSE, limit_bytes), source, sha256_file(PROSE))
+    if source in BUILTIN:
+        return Text(_plain(BUILTIN[source], limit_bytes), source, sha256_file(BUILTIN[source]))
     if source.startswith("builtin:"):
-        raise CalibrationError(f"there is no text {source}", expected="builtin:prose")
+        raise CalibrationError(f"there is no text {source}", expected=" or ".join(BUILTIN))
     path = expand(source)
     if not source.startswith("hub:") and path.suffix == ".txt" and path.is_file():
         return Text(_plain(path, limit_bytes), path.name, sha256_file(path))
@@ -70,6 +72,9 @@ def read_text(
 def stream(source: str, *, column: str = "text", split: str = "train") -> Stream:
     """As `read_text`, one document after the other, for texts larger than memory; a .txt file is cut into
     pieces of about PIECE characters at the ends of lines."""
+    if source.startswith("builtin:"):
+        found = read_text(source)
+        return Stream(iter(found.documents), found.name, found.revision)
     if not source.startswith("hub:"):
         path = expand(source)
         if path.suffix == ".txt" and path.is_file():

@@ -170,8 +170,10 @@ def test_mpt_is_recovered_too(models: dict[str, Path], tmp_path: Path) -> None:
           "stages": [12, 8, 4], "every": 2}, 4),
         ({"method": "rigl", "pattern": {"keep": 6, "group": 16}, "schedule": "cubic", "every": 4}, 6),
         ({"method": "snip", "pattern": {"keep": 8, "group": 16, "window": 8}}, 8),
+        ({"method": "wanda", "pattern": {"keep": 8, "group": 16, "window": 8}, "schedule": "stages",
+          "stages": [12, 8], "every": 2, "decay": 30.0}, 8),
     ],
-    ids=["cubic", "stages", "rigl", "snip"],
+    ids=["cubic", "stages", "rigl", "snip", "decay"],
 )  # fmt: skip
 def test_pruning_in_training_reaches_its_target(
     models: dict[str, Path], tmp_path: Path, prune: dict[str, Any], kept: int | None
@@ -189,6 +191,41 @@ def test_pruning_in_training_reaches_its_target(
     if prune["pattern"].get("window"):
         report = pack_folder(task.out, tmp_path / "m.zoo")
         assert {m.keep for m in report.matrices if m.name.startswith("layers.")} == {kept}
+
+
+def test_what_decays_is_no_part_of_the_model(models: dict[str, Path], tmp_path: Path) -> None:
+    """Halfway, the file has the pattern's zeros and the state all weights; some of those that were dropped
+    at first are in the end kept, and the others zero."""
+    prune = {
+        "method": "magnitude",
+        "pattern": {"keep": 8, "group": 16},
+        "decay": 20.0,
+        "every": 1,
+        "until": 0.75,
+    }
+    changes: dict[str, Any] = {
+        "prune": prune,
+        "budget": {"tokens": 128 * 24},
+        "optimizer": {"learning_rate": 0.02},
+    }
+    task = job(tmp_path, models, "teacher", **changes)
+    recover(task.model_copy(update={"stop_after": 0.0}))
+    first = linears(task.out)
+    state = newest(task.state)
+    assert state is not None and state.name == "step-00000001"
+    learning = load_file(next(state.glob("model*.safetensors")))
+    for name, weight in first.items():
+        assert int((weight != 0).view(-1, 16).sum(dim=1).max()) == 8
+        assert int((learning[f"model.{name}"] == 0).sum()) == 0, "all of them go on learning"
+    progress = recover(task)
+    assert progress.pruned and progress.step == 24
+    last = linears(task.out)
+    assert all(int((w != 0).view(-1, 16).sum(dim=1).max()) == 8 for w in last.values())
+    assert sum(int(((first[n] == 0) & (last[n] != 0)).sum()) for n in last) > 20, "some came back"
+    whole = job(tmp_path / "whole", models, "teacher", **changes)
+    recover(whole)
+    assert losses(curve(whole.out)) == losses(curve(task.out))
+    assert all(torch.equal(w, last[n]) for n, w in linears(whole.out).items())
 
 
 # --- the exported grid ------------------------------------------------------------------------------

@@ -27,7 +27,8 @@ from pipelines.recover.losses import (
 )
 from pipelines.recover.masks import cubic, pattern_at, regrown_fraction, snip_masks, updated_mask
 from pipelines.recover.resample import alternatives
-from pipelines.recover.rounding import RoundedLinear, add_rounder, check_exact
+from pipelines.recover.rounding import EffectiveLinear, add_rounder, check_exact, keep
+from pipelines.recover.shards import shrink
 from pipelines.recover.train import schedule, thinned
 from tests.tiny import VOCABULARY, tiny_llama
 from zoo.entry import TrainingPoint
@@ -203,6 +204,36 @@ def test_wanda_weighs_by_the_inputs() -> None:
     assert np.array_equal(mask.numpy().reshape(-1, 16), expected)
 
 
+def test_weights_that_are_not_kept_may_come_back() -> None:
+    weight = normal(4, 32)
+    blocks = weight.abs().view(8, 16)
+    largest = torch.zeros(8, 16, dtype=torch.bool)
+    largest.scatter_(1, blocks.argsort(dim=1, descending=True)[:, :8], True)
+    smallest, pattern = (~largest).view(4, 32), Grouped(8, 16)
+    assert torch.equal(updated_mask("magnitude", weight, smallest, pattern), smallest)
+    back = updated_mask("magnitude", weight, smallest, pattern, revive=True)
+    assert torch.equal(back.view(8, 16), largest)
+
+
+def test_masked_weights_compute_as_zeros_and_all_of_them_learn() -> None:
+    """dL/dW of L = sum(Y * G), Y = X (M W)^T, straight through the mask: G^T X, masked nowhere."""
+    linear = nn.Linear(16, 8, bias=False)
+    mask = normal(8, 16) > 0
+    keep(linear, mask)
+    x, g = normal(5, 16), normal(5, 8)
+    y = linear(x)
+    expected = x.double() @ (linear.weight.detach().double() * mask).T
+    assert torch.allclose(y.double(), expected, atol=1e-6)
+    (y * g).sum().backward()
+    assert linear.weight.grad is not None
+    assert torch.allclose(linear.weight.grad.double(), g.double().T @ x.double(), atol=1e-5)
+    before = linear.weight.detach().clone()
+    shrink(linear.weight, mask, 0.75)
+    after = linear.weight.detach()
+    assert torch.equal(after[mask], before[mask])
+    assert torch.allclose(after[~mask], before[~mask] * 0.75)
+
+
 def test_snip_keeps_the_largest_connection_sensitivity() -> None:
     """c_j = |g_j| with g = dL/dc = w dL/dw at c = 1; s_j = |g_j| / sum |g|, the top kappa of all layers."""
     first, second = nn.Linear(16, 24, bias=False), nn.Linear(24, 8, bias=False)
@@ -246,7 +277,7 @@ def test_snip_keeps_the_largest_connection_sensitivity() -> None:
 def test_rounded_weights_lie_on_a_storable_grid(rounding: Rounding) -> None:
     linear = nn.Linear(128, 24, bias=False)
     add_rounder(linear, "x", rounding, True, False)
-    assert isinstance(linear, RoundedLinear)
+    assert isinstance(linear, EffectiveLinear)
     before = linear(normal(3, 128))
     linear.rounder.fit(linear.weight)
     assert before.shape == (3, 24)
@@ -271,7 +302,7 @@ def test_rounded_weights_lie_on_a_storable_grid(rounding: Rounding) -> None:
 def test_gradients_of_weights_and_scales_are_lsqs() -> None:
     linear = nn.Linear(32, 4, bias=False)
     add_rounder(linear, "x", Rounding(bits=4, group=32), True, False)
-    assert isinstance(linear, RoundedLinear)
+    assert isinstance(linear, EffectiveLinear)
     linear.rounder.fit(linear.weight)
     with torch.no_grad():
         linear.rounder.base.mul_(0.6)  # so that some weights are clipped

@@ -60,14 +60,18 @@ def updated_mask(
     input_norm: Tensor | None = None,
     gradient: Tensor | None = None,
     regrow: float = 0.0,
+    revive: bool = False,
 ) -> Tensor:
-    """The next mask of one layer. weight, mask (rows, columns).
+    """The next mask of one layer. weight, mask (rows, columns). With `revive`, weights that `mask` does not
+    keep compete as well.
 
     input_norm (columns,) is for wanda. For rigl, gradient (rows, columns) is that of the loss with respect to
     all weights, pruned ones too: of the weights that the pattern keeps, the `regrow` smallest give way to
     those with the largest gradient, as far as the pattern allows. Source: RigL, arXiv:1911.11134.
     """
-    magnitude = weight.detach().abs().float() * mask
+    magnitude = weight.detach().abs().float()
+    if not revive:
+        magnitude = magnitude * mask
     if method == "wanda":
         assert input_norm is not None
         return best(wanda_scores(magnitude, input_norm), pattern)

@@ -59,6 +59,7 @@ class Pruner:
                 input_norm=None if norms is None else norms[name],
                 gradient=gradient,
                 regrow=regrown_fraction(self.step.regrow, fraction),
+                revive=self.step.decay is not None,
             )
         return found
 

@@ -1,12 +1,13 @@
-"""Quantization-aware layers: the forward pass sees weights rounded to the very grid that is exported.
+"""Layers whose forward pass sees other weights than those that learn: pruned ones as zeros, and all of them
+rounded to the very grid that is exported.
 
-Gradients go straight through the rounding; scales are learned, or searched anew now and then. What leaves
+Gradients go straight through both; scales are learned, or searched anew now and then. What leaves
 training are the integers and float16 scales of the last forward pass, not a rounding of the result.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -130,11 +131,35 @@ class Rounder(nn.Module):
         return Grid(self.rounding.bits, self.group, scale.detach().clone(), zero)
 
 
-class RoundedLinear(nn.Linear):
-    rounder: Rounder
+class _Keep(torch.autograd.Function):
+    """Zero where the mask does not keep; the gradient passes to all weights.
+
+    Source: SR-STE, arXiv:2102.04010, whose decay of the weights that are not kept `shards.shrink` does.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mask: Tensor) -> Tensor:
+        return x * mask
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None]:
+        grad: Tensor = grads[0]
+        return grad, None
+
+
+class EffectiveLinear(nn.Linear):
+    """A linear layer that computes with its weights masked by `kept` and then rounded, if so."""
+
+    rounder: Rounder | None  # no default: a class attribute would hide the module
+    kept: Tensor | None = None  # (out, in) bool; no buffer, which DDP would send around at every step
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.linear(input, self.rounder(self.weight), self.bias)
+        weight: Tensor = self.weight
+        if self.kept is not None:
+            weight = _Keep.apply(weight, self.kept)  # type: ignore[no-untyped-call]
+        if self.rounder is not None:
+            weight = self.rounder(weight)
+        return F.linear(input, weight, self.bias)
 
 
 class RoundedEmbedding(nn.Embedding):
@@ -157,8 +182,17 @@ def add_rounder(module: nn.Module, name: str, rounding: Rounding, learned: bool,
         error.what = f"{name}: {error.what}"
         raise
     # the class alone changes: names and parameters stay, so checkpoints and tied weights do too
-    module.__class__ = RoundedEmbedding if isinstance(module, nn.Embedding) else RoundedLinear
+    module.__class__ = RoundedEmbedding if isinstance(module, nn.Embedding) else EffectiveLinear
     module.rounder = rounder
+
+
+def keep(module: nn.Module, mask: Tensor) -> None:
+    """Let a linear layer compute with the weights that `mask` keeps alone, while all of them learn."""
+    layer = cast(EffectiveLinear, module)
+    if not isinstance(module, EffectiveLinear):
+        module.__class__ = EffectiveLinear
+        layer.rounder = None
+    layer.kept = mask
 
 
 def check_exact(name: str, stored: Tensor, q: Tensor, grid: Grid) -> None:

@@ -32,3 +32,9 @@ def apply_mask(tensor: Tensor | None, mask: Tensor) -> None:
     """Set to zero, in place, what the mask does not keep."""
     if tensor is not None:
         tensor.mul_(mask)
+
+
+@torch.no_grad()
+def shrink(tensor: Tensor, mask: Tensor, factor: float) -> None:
+    """Multiply by `factor`, in place, what the mask does not keep."""
+    tensor.mul_(mask.to(tensor.dtype).mul_(1 - factor).add_(factor))

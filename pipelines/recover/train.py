@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,8 @@ from pipelines.checkpoint import Checkpoint
 from pipelines.recipe import Optimizer, Recover
 from pipelines.recover.data import Blocks, open_tokens
 from pipelines.recover.prune import Pruner, masks_of
-from pipelines.recover.shards import apply_mask, sharded_like, whole
+from pipelines.recover.rounding import keep
+from pipelines.recover.shards import apply_mask, sharded_like, shrink, whole
 from pipelines.recover.state import Progress, newest, read_progress, restore, save
 from pipelines.recover.student import (
     Student,
@@ -134,7 +135,7 @@ class _Loop:
     def run(self) -> None:
         progress, step = self.progress, self.step
         said = saved = time.monotonic()
-        self._shard_masks()
+        self._take_masks()
         while (done := self._done()) < 1.0 and not self.clock.stop:
             self._prepare(done)
             rate = step.optimizer.learning_rate * schedule(
@@ -148,7 +149,7 @@ class _Loop:
             for name, value in self._gradients(progress.step).items():
                 self.sums[name] = self.sums.get(name, 0) + value
             self._update_masks(done)
-            self._step()
+            self._step(rate, done)
             progress.step += 1
             progress.tokens += self.step_tokens
             self.summed += 1
@@ -167,6 +168,7 @@ class _Loop:
         if self.pruner is not None and self._done() >= 1.0:
             self.pruner.check(self.model, self.masks)
         self._save()
+        self._zero_weights(self.shards)  # those too that would have gone on learning
         if self.accelerator.is_main_process:
             say(self._news())
 
@@ -177,9 +179,9 @@ class _Loop:
         quantize, progress = self.step.quantize, self.progress
         if self.pruner is not None and self.pruner.step.method == "snip" and not progress.pruned:
             self._gradients(progress.step)
+            progress.pruned = True
             self._prune(self.pruner.snip(self.model, self.masks))
             self.optimizer.zero_grad()
-            progress.pruned = True
         if quantize is None or done < quantize.start:
             return
         again = quantize.scales == "searched" and progress.step % quantize.every == 0
@@ -223,32 +225,49 @@ class _Loop:
             if prune.method == "wanda":
                 batches = self._batches(self.progress.step)
                 norms = self.pruner.input_norms(self.model, self.student, batches, self.accelerator)
-            self._prune(self.pruner.update(self.model, self.masks, fraction, norms))
+            masks = self.pruner.update(self.model, self.masks, fraction, norms)
             self.progress.pruned = fraction >= 1.0
+            self._prune(masks)
 
     def _prune(self, masks: dict[str, Tensor]) -> None:
         self.masks = masks
-        self._shard_masks()
-        self._mask_weights()
+        self._take_masks()
+        self._zero_weights(self.shards.keys() - self._learning())
 
-    def _step(self) -> None:
-        for name, mask in self.shards.items():
-            apply_mask(self.model.get_parameter(f"{name}.weight").grad, mask)
+    def _learning(self) -> Set[str]:
+        """The layers whose pruned weights go on learning for now."""
+        if self.pruner is None or self.pruner.step.decay is None or self.progress.pruned:
+            return frozenset()
+        return self.pruner.targets.keys() & self.masks.keys()
+
+    def _step(self, rate: float, done: float) -> None:
+        learning = self._learning()
+        still = self.shards.keys() - learning
+        for name in still:
+            apply_mask(self._weight(name).grad, self.shards[name])
         self.accelerator.clip_grad_norm_(self.student.parameters(), self.step.optimizer.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self._mask_weights()
+        self._zero_weights(still)  # momentum from before a weight was pruned must not move it
+        prune = self.step.prune
+        if learning and prune is not None and prune.decay is not None:
+            factor = max(1 - rate * prune.decay * min(done / prune.until, 1.0), 0.0)
+            for name in learning:
+                shrink(self._weight(name), self.shards[name], factor)
 
-    def _mask_weights(self) -> None:
-        """Momentum from before a weight was pruned must not move it, so the weights are masked too."""
-        for name, mask in self.shards.items():
-            apply_mask(self.model.get_parameter(f"{name}.weight"), mask)
+    def _zero_weights(self, names: Iterable[str]) -> None:
+        for name in names:
+            apply_mask(self._weight(name), self.shards[name])
 
-    def _shard_masks(self) -> None:
-        self.shards = {
-            name: sharded_like(mask, self.model.get_parameter(f"{name}.weight"))
-            for name, mask in self.masks.items()
-        }
+    def _weight(self, name: str) -> nn.Parameter:
+        return self.model.get_parameter(f"{name}.weight")
+
+    def _take_masks(self) -> None:
+        """Bring the masks to where the weights are, and to the layers that compute with masked ones."""
+        self.shards = {name: sharded_like(mask, self._weight(name)) for name, mask in self.masks.items()}
+        if self.pruner is not None and self.pruner.step.decay is not None:
+            for name in self.pruner.targets.keys() & self.masks.keys():
+                keep(self.model.get_submodule(name), self.masks[name].to(self.accelerator.device))
 
     # --- bookkeeping --------------------------------------------------------------------------------
 
