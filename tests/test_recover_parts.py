@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from pipelines.masks import Grouped, Unstructured
 from pipelines.recipe import PruneInTraining, Recover, Rounding
 from pipelines.recover import losses as recover_losses
+from pipelines.recover import masks as recover_masks
 from pipelines.recover.data import Blocks, open_tokens, write_tokens
 from pipelines.recover.losses import (
     IGNORED,
@@ -25,7 +26,16 @@ from pipelines.recover.losses import (
     squarehead,
     weight_error,
 )
-from pipelines.recover.masks import cubic, pattern_at, regrown_fraction, snip_masks, updated_mask
+from pipelines.recover.masks import (
+    best,
+    best_together,
+    cubic,
+    pattern_at,
+    regrown_fraction,
+    rigl_mask,
+    saliency,
+    snip_masks,
+)
 from pipelines.recover.resample import alternatives
 from pipelines.recover.rounding import EffectiveLinear, add_rounder, check_exact, keep
 from pipelines.recover.shards import shrink
@@ -137,7 +147,7 @@ def test_cubic_schedule_ends_exactly_at_its_target() -> None:
     zeros = []
     for fraction in (0.0, 0.25, 0.5, 1.0):
         pattern = pattern_at(step, step.pattern, fraction, mask)
-        mask = updated_mask("magnitude", weight * mask, mask, pattern)
+        mask = best(saliency(weight * mask, mask), pattern)
         zeros.append(int((~mask).sum()))
     assert zeros == [round(2048 * 0.7 * (1 - (1 - t) ** 3)) for t in (0, 0.25, 0.5, 1)]
 
@@ -154,7 +164,7 @@ def test_stages_tighten_to_the_banded_target() -> None:
     kept = []
     for fraction in (0.0, 0.3, 0.34, 0.6, 0.67, 1.0):
         pattern = pattern_at(step, step.pattern, fraction, mask)
-        mask = updated_mask("magnitude", weight * mask, mask, pattern)
+        mask = best(saliency(weight * mask, mask), pattern)
         counts = mask.view(-1, 16).sum(dim=1)
         assert int(counts.min()) == int(counts.max())
         kept.append(int(counts[0]))
@@ -174,9 +184,9 @@ def test_a_layer_that_is_sparser_already_is_left_so() -> None:
 @pytest.mark.parametrize("pattern", [Unstructured(0.5), Grouped(8, 16), Grouped(8, 16, 8)])
 def test_rigl_swaps_the_smallest_for_the_largest_gradients(pattern: Unstructured | Grouped) -> None:
     weight, gradient = normal(8, 64), normal(8, 64)
-    start = updated_mask("magnitude", weight, torch.ones(8, 64, dtype=torch.bool), pattern)
+    start = best(saliency(weight, torch.ones(8, 64, dtype=torch.bool)), pattern)
     weight = weight * start
-    mask = updated_mask("rigl", weight, start, pattern, gradient=gradient, regrow=0.25)
+    mask = rigl_mask(weight, start, pattern, gradient, 0.25)
     assert int(mask.sum()) == int(start.sum()) == 256
     if isinstance(pattern, Grouped):
         assert int(mask.view(-1, 16).sum(dim=1).max()) == 8
@@ -188,8 +198,8 @@ def test_rigl_swaps_the_smallest_for_the_largest_gradients(pattern: Unstructured
         # of all but the survivors, exactly those with the largest gradients
         open_ = torch.ones(512, dtype=torch.bool)
         open_[survivors] = False
-        best = (gradient.abs().flatten() * open_).topk(64).indices
-        assert bool(mask.flatten()[best].all())
+        largest = (gradient.abs().flatten() * open_).topk(64).indices
+        assert bool(mask.flatten()[largest].all())
     else:
         assert gradient[grown].abs().mean() > gradient[gone].abs().mean()
     assert regrown_fraction(0.3, 0.0) == 0.3 and regrown_fraction(0.3, 1.0) == pytest.approx(0)
@@ -197,7 +207,8 @@ def test_rigl_swaps_the_smallest_for_the_largest_gradients(pattern: Unstructured
 
 def test_wanda_weighs_by_the_inputs() -> None:
     weight, norm = normal(4, 32), normal(32).abs()
-    mask = updated_mask("wanda", weight, torch.ones(4, 32, dtype=torch.bool), Grouped(4, 16), input_norm=norm)
+    every = torch.ones(4, 32, dtype=torch.bool)
+    mask = best(saliency(weight, every, input_norm=norm), Grouped(4, 16))
     scores = (weight.double().abs() * norm.double()).numpy().reshape(-1, 16)
     expected = np.zeros_like(scores, bool)
     np.put_along_axis(expected, np.argsort(scores, axis=1)[:, -4:], True, axis=1)
@@ -210,9 +221,29 @@ def test_weights_that_are_not_kept_may_come_back() -> None:
     largest = torch.zeros(8, 16, dtype=torch.bool)
     largest.scatter_(1, blocks.argsort(dim=1, descending=True)[:, :8], True)
     smallest, pattern = (~largest).view(4, 32), Grouped(8, 16)
-    assert torch.equal(updated_mask("magnitude", weight, smallest, pattern), smallest)
-    back = updated_mask("magnitude", weight, smallest, pattern, revive=True)
+    assert torch.equal(best(saliency(weight, smallest), pattern), smallest)
+    back = best(saliency(weight, smallest, revive=True), pattern)
     assert torch.equal(back.view(8, 16), largest)
+
+
+@pytest.mark.parametrize("together", [1 << 27, 300])
+def test_masks_found_together_are_those_of_each_layer(together: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recover_masks, "TOGETHER", together)
+    scores = {
+        "a": normal(4, 32).abs(),
+        "b": normal(8, 64).abs(),
+        "c": normal(3, 48).abs(),
+        "d": normal(4, 16).abs(),
+    }
+    patterns = {
+        "a": Grouped(8, 16, 8),
+        "b": Grouped(8, 16, 8),
+        "c": Unstructured(0.5),
+        "d": Grouped(8, 16, 8),
+    }
+    found = best_together(scores, patterns)
+    assert found.keys() == scores.keys()
+    assert all(torch.equal(mask, best(scores[name], patterns[name])) for name, mask in found.items())
 
 
 def test_masked_weights_compute_as_zeros_and_all_of_them_learn() -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Literal
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from pipelines.masks import Grouped, Pattern, Unstructured, best_mask, top_fract
 from pipelines.recipe import PruneInTraining, SparsityPattern
 from zoo.runner.format import KEEPS
 
+TOGETHER = 1 << 27  # weights whose masks are found at once: some gigabytes of scores and choices
 SURVIVOR = 32.0  # more than all the 16 columns of a block can score by their gradients
 
 
@@ -51,32 +52,46 @@ def best(scores: Tensor, pattern: Pattern) -> Tensor:
     return best_mask(scores, pattern)
 
 
-def updated_mask(
-    method: Literal["magnitude", "wanda", "rigl"],
-    weight: Tensor,
-    mask: Tensor,
-    pattern: Pattern,
-    *,
-    input_norm: Tensor | None = None,
-    gradient: Tensor | None = None,
-    regrow: float = 0.0,
-    revive: bool = False,
-) -> Tensor:
-    """The next mask of one layer. weight, mask (rows, columns). With `revive`, weights that `mask` does not
-    keep compete as well.
+def best_together(scores: Mapping[str, Tensor], patterns: Mapping[str, Pattern]) -> dict[str, Tensor]:
+    """The best mask of every layer. Layers of one grouped pattern are taken together, TOGETHER weights at a
+    time: a GPU then needs a few hundred steps for all of them, not for each."""
+    found: dict[str, Tensor] = {}
+    for pattern in dict.fromkeys(patterns.values()):
+        names = [name for name, own in patterns.items() if own == pattern]
+        if isinstance(pattern, Unstructured):
+            found |= {name: best(scores[name], pattern) for name in names}
+            continue
+        while names:
+            sizes = [scores[name].numel() for name in names]
+            count = max(sum(total <= TOGETHER for total in accumulate(sizes)), 1)
+            some, names = names[:count], names[count:]
+            groups = torch.cat([scores[name].reshape(-1, pattern.group) for name in some])
+            pieces = torch.split(best(groups, pattern), [size // pattern.group for size in sizes[:count]])
+            found |= {name: piece.view_as(scores[name]) for name, piece in zip(some, pieces, strict=True)}
+    return found
 
-    input_norm (columns,) is for wanda. For rigl, gradient (rows, columns) is that of the loss with respect to
-    all weights, pruned ones too: of the weights that the pattern keeps, the `regrow` smallest give way to
-    those with the largest gradient, as far as the pattern allows. Source: RigL, arXiv:1911.11134.
-    """
+
+def saliency(
+    weight: Tensor, mask: Tensor, *, input_norm: Tensor | None = None, revive: bool = False
+) -> Tensor:
+    """What decides which weights of a layer are kept, (rows, columns): the magnitude, times `input_norm`
+    (columns,) for wanda. Only with `revive` do weights that `mask` does not keep compete."""
     magnitude = weight.detach().abs().float()
     if not revive:
         magnitude = magnitude * mask
-    if method == "wanda":
-        assert input_norm is not None
-        return best(wanda_scores(magnitude, input_norm), pattern)
+    return magnitude if input_norm is None else wanda_scores(magnitude, input_norm)
+
+
+def rigl_mask(
+    weight: Tensor, mask: Tensor, pattern: Pattern, gradient: Tensor | None, regrow: float
+) -> Tensor:
+    """The next mask of one layer. weight, mask, gradient (rows, columns): the gradient is that of the loss
+    with respect to all weights, pruned ones too. Of the weights that the pattern keeps, the `regrow` smallest
+    give way to those with the largest gradient, as far as the pattern allows. Source: RigL, arXiv:1911.11134.
+    """
+    magnitude = saliency(weight, mask)
     kept = best(magnitude, pattern)
-    if method == "magnitude" or regrow == 0.0 or gradient is None:
+    if regrow == 0.0 or gradient is None:
         return kept
     survivors = math.ceil(int(kept.sum()) * (1 - regrow))
     stay = top_fraction(magnitude * kept, 1 - survivors / weight.numel()) & kept

@@ -12,7 +12,15 @@ from torch import Tensor, nn
 from pipelines.checkpoint import Checkpoint
 from pipelines.masks import Grouped, Pattern, check_divides
 from pipelines.recipe import PruneInTraining, SparsityPattern
-from pipelines.recover.masks import fits, pattern_at, regrown_fraction, snip_masks, updated_mask
+from pipelines.recover.masks import (
+    best_together,
+    fits,
+    pattern_at,
+    regrown_fraction,
+    rigl_mask,
+    saliency,
+    snip_masks,
+)
 from pipelines.recover.shards import whole
 from pipelines.recover.student import pruned_layers
 from zoo.errors import NumericsError, PatternError
@@ -46,22 +54,28 @@ class Pruner:
         norms: Mapping[str, Tensor] | None,
     ) -> dict[str, Tensor]:
         """All masks after `fraction` of the pruning; for rigl, the parameters hold their full gradients."""
-        assert self.step.method != "snip"
-        found = dict(masks)
+        step = self.step
+        assert step.method != "snip"
+        weights, old, patterns, regrown = {}, {}, {}, {}
         for name in self.targets:
             weight, gradient = self._of(model, name)
             mask = masks.get(name, torch.ones_like(weight, dtype=torch.bool)).to(weight.device)
-            found[name] = updated_mask(
-                self.step.method,
+            weights[name], old[name], patterns[name] = weight, mask, self._pattern(name, fraction, mask)
+            if step.method == "rigl":
+                regrow = regrown_fraction(step.regrow, fraction)
+                regrown[name] = rigl_mask(weight, mask, patterns[name], gradient, regrow)
+        if step.method == "rigl":
+            return {**masks, **regrown}
+        scores = {
+            name: saliency(
                 weight,
-                mask,
-                self._pattern(name, fraction, mask),
+                old[name],
                 input_norm=None if norms is None else norms[name],
-                gradient=gradient,
-                regrow=regrown_fraction(self.step.regrow, fraction),
-                revive=self.step.decay is not None,
+                revive=step.decay is not None,
             )
-        return found
+            for name, weight in weights.items()
+        }
+        return {**masks, **best_together(scores, patterns)}
 
     def snip(self, model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """All masks before training, from the gradients that the parameters hold."""
