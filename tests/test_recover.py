@@ -131,6 +131,16 @@ def test_the_loss_falls_and_zeros_stay(models: dict[str, Path], tmp_path: Path) 
     assert json.loads((task.out / "config.json").read_text())["dtype"] == "float16"
 
 
+def test_a_budget_in_seconds_is_used_up_and_its_curve_reaches_the_end(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
+    task = job(tmp_path, models, budget={"seconds": 0.5})
+    progress = recover(task)
+    last = curve(task.out)[-1]
+    assert last.seconds >= 0.5 and (last.step, last.tokens) == (progress.step, progress.tokens)
+    assert progress.summed == 0 and len({point.step for point in progress.curve}) == len(progress.curve)
+
+
 def test_a_weight_that_left_zero_is_an_error(
     models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -136,6 +136,7 @@ class _Loop:
         progress, step = self.progress, self.step
         said = saved = time.monotonic()
         self._take_masks()
+        rate = 0.0
         while (done := self._done()) < 1.0 and not self.clock.stop:
             self._prepare(done)
             rate = step.optimizer.learning_rate * schedule(
@@ -153,7 +154,7 @@ class _Loop:
             progress.step += 1
             progress.tokens += self.step_tokens
             self.summed += 1
-            if progress.step % LOG_STEPS == 0 or self._done() >= 1.0:
+            if progress.step % LOG_STEPS == 0:
                 self._record(rate)
             progress.seconds += self.clock.tick()
             now = time.monotonic()
@@ -163,9 +164,11 @@ class _Loop:
             if self.clock.agree(now - saved >= SAVE_SECONDS):
                 self._save()
                 saved = time.monotonic()
-        if self.pruner is not None and self._done() >= 1.0 and not progress.pruned:
-            self._update_masks(1.0)
+        if self._done() >= 1.0 and self.summed:
+            self._record(rate)
         if self.pruner is not None and self._done() >= 1.0:
+            if not progress.pruned:
+                self._update_masks(1.0)
             self.pruner.check(self.model, self.masks)
         self._save()
         self._zero_weights(self.shards)  # those too that would have gone on learning
