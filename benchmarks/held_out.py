@@ -3,8 +3,8 @@
 
 The texts are for choosing, so none is a test split: by default WikiText's validation text, and questions of
 GSM8K and beginnings of HellaSwag from their training splits, in --data. Others: --text SOURCE#COLUMN,
-repeatable; a .npy file of token ids needs no tokenizer. Prints, as a Markdown table, mean KL(teacher || model)
-in nats and top-1 agreement over --windows windows of --length tokens of each, with standard errors over windows.
+repeatable; a .npy file of token ids needs no tokenizer. Prints, as a Markdown table, the mean over --windows
+windows of --length tokens of KL(teacher || model) in nats, with its standard error, and of top-1 agreement.
 """
 
 from __future__ import annotations
