@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -13,7 +16,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -22,7 +24,7 @@ from pipelines.recover import skill as recover_skill
 from pipelines.recover.__main__ import main
 from pipelines.recover.skill import skill_tokens
 from pipelines.text import PROSE
-from tests.process import Zoo
+from tests.process import PATIENCE_S, QUIET, ROOT, Zoo
 from tests.tiny import tiny_llama
 from zoo.errors import RecipeError, SourceError
 from zoo.files import Store
@@ -58,7 +60,7 @@ def recipe(place: Path, base: Path | str = "given by --model", **changes: Any) -
         "steps": [PRUNE, RECOVER],
         **changes,
     }
-    path.write_text(yaml.safe_dump(whole))
+    path.write_text(json.dumps(whole))  # which is YAML, and has no aliases
     return path
 
 
@@ -73,7 +75,7 @@ def test_the_command_stops_in_time_and_goes_on(
     main([*command, "--seconds", "0.05"])
     assert "--resume to go on" in capsys.readouterr().err
     unfinished = json.loads((out / "model" / "training.json").read_text())["training"]
-    assert len(unfinished) < 3 and (out / "steps" / "1-prune").is_dir()
+    assert len(unfinished) < 3 and len(finished(out)) == 1, "it is pruned"
     for words, options in (
         ("holds this run already", []),
         ("another recipe", ["--resume", "--set", "steps.1.seed=1"]),
@@ -83,7 +85,7 @@ def test_the_command_stops_in_time_and_goes_on(
         with pytest.raises(SystemExit, match=words):
             main([*command, *options])
     rounds = 0
-    while not (out / "steps" / "2-recover").is_dir():
+    while len(finished(out)) < 2:
         main([*command, "--seconds", "0.4", "--resume"])
         rounds += 1
         assert rounds < 30
@@ -92,10 +94,43 @@ def test_the_command_stops_in_time_and_goes_on(
     measured = json.loads(capsys.readouterr().out)
     assert (measured["samples"], measured["context_length"], measured["dtype"]) == (40, 512, "float32")
     assert measured["value"] == pytest.approx(_perplexity(whole / "model"), rel=1e-4)
-    assert not any((out / "state").iterdir())
+    assert not any((out / "store" / "training").iterdir())
     mine, theirs = (load_file(place / "model" / "model.safetensors") for place in (out, whole))
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs), "in pieces or not, the same model"
     assert (whole / "model" / "grid.safetensors").is_file()
+
+
+def finished(store: Path) -> list[Path]:
+    """The steps that are done."""
+    return sorted((store / "store" / "objects").glob("*/*/model.safetensors"))
+
+
+def test_runs_that_share_a_store_make_once_what_their_recipes_share(base: Path, tmp_path: Path) -> None:
+    """One after the other, and one that waits for the other's step."""
+    store = tmp_path / "store"
+    command = ["--model", str(base), "--store", str(store)]
+    short = {**RECOVER, "budget": {"tokens": 1280}}
+    steps = [PRUNE, {**short, "quantize": None}, short]
+    main([*command, "--out", str(tmp_path / "one"), "--recipe", str(recipe(tmp_path, steps=steps))])
+    one = finished(tmp_path)
+    assert len(one) == 3
+    before = [path.stat().st_mtime_ns for path in one]
+    eight = {**short, "quantize": {"grid": {"bits": 8, "group": 32}, "start": 0.5}}
+    other = recipe(tmp_path, steps=[*steps[:2], eight])
+    arguments = [sys.executable, "-m", "pipelines.recover", *command, "--recipe", str(other), "--out"]
+    environment = os.environ | QUIET | {"OMP_NUM_THREADS": "1"}
+    both = [
+        subprocess.Popen(
+            [*arguments, str(tmp_path / name)], env=environment, cwd=ROOT, stderr=subprocess.PIPE
+        )
+        for name in ("two", "three")
+    ]
+    told = [process.communicate(timeout=PATIENCE_S)[1].decode() for process in both]
+    assert [process.returncode for process in both] == [0, 0], told
+    assert len(finished(tmp_path)) == 4 and [path.stat().st_mtime_ns for path in one] == before
+    two, three = ((tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("two", "three"))
+    assert two == three != (tmp_path / "one" / "model" / "model.safetensors").read_bytes()
+    assert sum("recover: step" in text for text in told) == 1, "the other waited"
 
 
 def _perplexity(folder: Path) -> float:
@@ -112,7 +147,7 @@ def test_token_ids_can_be_given(base: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     main(["--model", str(base), "--out", str(out), "--data", str(tmp_path / "ids.npy"),
           "--recipe", str(recipe(tmp_path, steps=[{**RECOVER, "budget": {"tokens": 1280}}]))])  # fmt: skip
-    assert not (out / "store").exists(), "nothing was tokenized"
+    assert len(Store(out / "store").keys()) == 1, "nothing was tokenized"
     assert (out / "model" / "model.safetensors").is_file()
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipelines import keys
@@ -115,12 +116,23 @@ def test_a_text_too_short_to_begin_from_is_told(base: Path, tmp_path: Path) -> N
         written_tokens(setting, base, "writer", base, Store(tmp_path / "store"))
 
 
-def test_what_another_model_writes_must_be_given(base: Path, tmp_path: Path) -> None:
-    text = {"source": str(PROSE), "tokens": 500, "model": "pypi:another"}
-    path = recipe(tmp_path, steps=[{**RECOVER, "written": [text]}])
-    with pytest.raises(SystemExit, match="pypi:another writes"):
-        main(["--model", str(base), "--recipe", str(path), "--out", str(tmp_path / "out")])
+def test_the_command_lets_another_model_write(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its folder must be given; or what it wrote, by the command that does that alone."""
+    other = tiny_llama(tmp_path / "other", num_hidden_layers=1, seed=3)
+    written = {**SETTING.model_dump(), "model": "pypi:another", "tokens": 700}
+    path = recipe(tmp_path, steps=[{**RECOVER, "written": [written], "budget": {"tokens": 1280}}])
+    command = ["--model", str(base), "--recipe", str(path), "--out"]
+    with pytest.raises(SystemExit, match="--named pypi:another=DIR"):
+        main([*command, str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
+    main([*command, str(tmp_path / "out"), "--named", f"pypi:another={other}"])
+    assert "700 tokens that other wrote" in capsys.readouterr().err
+    ids = written_tokens(Written(**written), other, "writer", base, Store(tmp_path / "apart"))
+    main([*command, str(tmp_path / "same"), "--written", str(ids)])
+    models = [load_file(tmp_path / name / "model" / "model.safetensors") for name in ("out", "same")]
+    assert all(torch.equal(tensor, models[1][name]) for name, tensor in models[0].items())
 
 
 def test_a_training_depends_on_who_writes(base: Path, tmp_path: Path) -> None:
