@@ -354,12 +354,13 @@ def test_another_trainings_state_is_refused(models: dict[str, Path], tmp_path: P
 
 
 @pytest.mark.real
+@pytest.mark.parametrize("decay", [None, 5.0], ids=["zero at once", "decaying"])
 def test_two_processes_learn_what_one_does(
-    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, decay: float | None
 ) -> None:
     changes: dict[str, Any] = {
         "prune": {"method": "wanda", "pattern": {"keep": 8, "group": 16}, "schedule": "stages",
-                  "stages": [12, 8], "every": 3},
+                  "stages": [12, 8], "every": 3, "decay": decay},
         "quantize": {"grid": {"bits": 5, "group": 32}, "start": 0.6},
         "budget": {"tokens": 128 * 20},
     }  # fmt: skip
