@@ -145,6 +145,7 @@ def test_a_weight_that_left_zero_is_an_error(
     models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(recover_module, "apply_mask", lambda tensor, mask: None)
+    monkeypatch.setattr(recover_module, "keep", lambda module, mask, passing: None)
     with pytest.raises(NumericsError, match="no longer zero"):
         recover(job(tmp_path, models, budget={"tokens": 128 * 10}))
 
@@ -236,6 +237,28 @@ def test_what_decays_is_no_part_of_the_model(models: dict[str, Path], tmp_path: 
     recover(whole)
     assert losses(curve(whole.out)) == losses(curve(task.out))
     assert all(torch.equal(w, last[n]) for n, w in linears(whole.out).items())
+
+
+def test_what_comes_back_last_has_what_it_learned(models: dict[str, Path], tmp_path: Path) -> None:
+    """Masks are updated before the first step and before the last, whose learning rate is next to nothing."""
+    prune = {
+        "method": "magnitude",
+        "pattern": {"keep": 8, "group": 16},
+        "decay": 1.0,
+        "every": 99,
+        "until": 0.95,
+    }
+    changes: dict[str, Any] = {
+        "prune": prune,
+        "budget": {"tokens": 128 * 24},
+        "optimizer": {"learning_rate": 0.02},
+    }
+    task = job(tmp_path, models, "teacher", **changes)
+    recover(task.model_copy(update={"stop_after": 0.0}))
+    first = linears(task.out)
+    recover(task)
+    back = torch.cat([w[(w != 0) & (first[n] == 0)].abs() for n, w in linears(task.out).items()])
+    assert len(back) > 20 and float(back.min()) > 1e-3
 
 
 # --- the exported grid ------------------------------------------------------------------------------

@@ -246,18 +246,20 @@ def test_masks_found_together_are_those_of_each_layer(together: int, monkeypatch
     assert all(torch.equal(mask, best(scores[name], patterns[name])) for name, mask in found.items())
 
 
-def test_masked_weights_compute_as_zeros_and_all_of_them_learn() -> None:
-    """dL/dW of L = sum(Y * G), Y = X (M W)^T, straight through the mask: G^T X, masked nowhere."""
+@pytest.mark.parametrize("passing", [1.0, 0.0])
+def test_masked_weights_compute_as_zeros_and_learn_if_gradients_pass(passing: float) -> None:
+    """dL/dW of L = sum(Y * G), Y = X (M W)^T: G^T X, of what is not kept times `passing`."""
     linear = nn.Linear(16, 8, bias=False)
     mask = normal(8, 16) > 0
-    keep(linear, mask)
+    keep(linear, mask, torch.tensor(passing))
     x, g = normal(5, 16), normal(5, 8)
     y = linear(x)
     expected = x.double() @ (linear.weight.detach().double() * mask).T
     assert torch.allclose(y.double(), expected, atol=1e-6)
     (y * g).sum().backward()
     assert linear.weight.grad is not None
-    assert torch.allclose(linear.weight.grad.double(), g.double().T @ x.double(), atol=1e-5)
+    whole = g.double().T @ x.double()
+    assert torch.allclose(linear.weight.grad.double(), torch.where(mask, whole, passing * whole), atol=1e-5)
     before = linear.weight.detach().clone()
     shrink(linear.weight, mask, 0.75)
     after = linear.weight.detach()

@@ -132,31 +132,35 @@ class Rounder(nn.Module):
 
 
 class _Keep(torch.autograd.Function):
-    """Zero where the mask does not keep; the gradient passes to all weights.
+    """Zero where the mask does not keep; there the gradient is multiplied by `passing`.
 
-    Source: SR-STE, arXiv:2102.04010, whose decay of the weights that are not kept `shards.shrink` does.
+    With 1 it goes straight through (SR-STE, arXiv:2102.04010), with 0 only kept weights learn.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, mask: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, mask: Tensor, passing: Tensor) -> Tensor:
+        ctx.save_for_backward(mask, passing)
         return x * mask
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None]:
+        mask, passing = ctx.saved_tensors
         grad: Tensor = grads[0]
-        return grad, None
+        return torch.where(mask, grad, grad * passing), None, None
 
 
 class EffectiveLinear(nn.Linear):
     """A linear layer that computes with its weights masked by `kept` and then rounded, if so."""
 
     rounder: Rounder | None  # no default: a class attribute would hide the module
-    kept: Tensor | None = None  # (out, in) bool; no buffer, which DDP would send around at every step
+    # (out, in) bool, and a number; no buffers, which DDP would send around at every step
+    kept: Tensor | None = None
+    passing: Tensor
 
     def forward(self, input: Tensor) -> Tensor:
         weight: Tensor = self.weight
         if self.kept is not None:
-            weight = _Keep.apply(weight, self.kept)  # type: ignore[no-untyped-call]
+            weight = _Keep.apply(weight, self.kept, self.passing)  # type: ignore[no-untyped-call]
         if self.rounder is not None:
             weight = self.rounder(weight)
         return F.linear(input, weight, self.bias)
@@ -186,13 +190,16 @@ def add_rounder(module: nn.Module, name: str, rounding: Rounding, learned: bool,
     module.rounder = rounder
 
 
-def keep(module: nn.Module, mask: Tensor) -> None:
-    """Let a linear layer compute with the weights that `mask` keeps alone, while all of them learn."""
+def keep(module: nn.Module, mask: Tensor, passing: Tensor) -> None:
+    """Let a linear layer compute with the weights that `mask` keeps alone, whatever the others are.
+
+    passing (): what the gradients of the others are multiplied by.
+    """
     layer = cast(EffectiveLinear, module)
     if not isinstance(module, EffectiveLinear):
         module.__class__ = EffectiveLinear
         layer.rounder = None
-    layer.kept = mask
+    layer.kept, layer.passing = mask, passing
 
 
 def check_exact(name: str, stored: Tensor, q: Tensor, grid: Grid) -> None:

@@ -42,6 +42,7 @@ from zoo.files import canonical_json, sha256_bytes
 from zoo.progress import QUIET_INTERVAL_S, say
 
 LOG_STEPS = 10  # between two points of the curve
+DECAY_STEPS = 10  # between two decays of what masks do not keep: it is many small tensors' work
 SAVE_SECONDS = 180.0  # between two states on disk
 
 
@@ -131,6 +132,9 @@ class _Loop:
         # of the losses since the last point of the curve: in the state, so that a resumed curve is the same
         self.sums = {n: torch.tensor(v, device=accelerator.device) for n, v in progress.sums.items()}
         self.summed = progress.summed
+        # what the gradients of weights that are not kept are multiplied by, in layers that `prune` prunes and
+        # in others
+        self.passing, self.closed = torch.zeros(2, device=accelerator.device).unbind()
 
     def run(self) -> None:
         progress, step = self.progress, self.step
@@ -180,6 +184,7 @@ class _Loop:
     def _prepare(self, done: float) -> None:
         """What begins at this step: masks from gradients, rounding, new grids."""
         quantize, progress = self.step.quantize, self.progress
+        self.passing.fill_(bool(self._learning()) or self._regrows(done))
         if self.pruner is not None and self.pruner.step.method == "snip" and not progress.pruned:
             self._gradients(progress.step)
             progress.pruned = True
@@ -189,6 +194,7 @@ class _Loop:
             return
         again = quantize.scales == "searched" and progress.step % quantize.every == 0
         if not progress.rounding or again:
+            self._zero_weights(self.shards)
             for name, rounder in rounders(self.model).items():
                 rounder.fit(whole(self.model.get_parameter(f"{name}.weight")))
         progress.rounding = True
@@ -210,7 +216,10 @@ class _Loop:
         """This process's micro batches of optimizer step `number`, each (blocks, length)."""
         first = number * self.step.batch + self.accelerator.process_index * self.micro * self.accumulated
         for start in range(first, first + self.micro * self.accumulated, self.micro):
-            yield self.blocks.at(range(start, start + self.micro)).to(self.accelerator.device)
+            ids = self.blocks.at(range(start, start + self.micro))
+            if self.accelerator.device.type == "cuda":
+                ids = ids.pin_memory()  # a copy from there does not wait until the GPU has done all before
+            yield ids.to(self.accelerator.device, non_blocking=True)
 
     def _targets(self) -> Mapping[str, tuple[Tensor, Tensor]] | None:
         if not self.step.losses.weights or self.teacher is None:
@@ -219,23 +228,35 @@ class _Loop:
         return {name: (self.teacher.weight(name), self.masks.get(name, one)) for name in self.names}
 
     def _update_masks(self, done: float) -> None:
-        prune = self.step.prune
-        if prune is None or self.pruner is None or self.progress.pruned or prune.method == "snip":
+        if not self._updates(done) or self.pruner is None:
             return
-        fraction = min(done / prune.until, 1.0)
-        if self.progress.step % prune.every == 0 or fraction >= 1.0:
-            norms = None
-            if prune.method == "wanda":
-                batches = self._batches(self.progress.step)
-                norms = self.pruner.input_norms(self.model, self.student, batches, self.accelerator)
-            masks = self.pruner.update(self.model, self.masks, fraction, norms)
-            self.progress.pruned = fraction >= 1.0
-            self._prune(masks)
-
-    def _prune(self, masks: dict[str, Tensor]) -> None:
-        self.masks = masks
-        self._take_masks()
+        fraction = min(done / self.pruner.step.until, 1.0)
+        # momentum from before a weight was pruned has moved it on, and it may be kept again
         self._zero_weights(self.shards.keys() - self._learning())
+        norms = None
+        if self.pruner.step.method == "wanda":
+            batches = self._batches(self.progress.step)
+            norms = self.pruner.input_norms(self.model, self.student, batches, self.accelerator)
+        masks = self.pruner.update(self.model, self.masks, fraction, norms)
+        if self._regrows(
+            done
+        ):  # of these gradients only those of the next kept weights are to be learned from
+            for name, mask in masks.items():
+                apply_mask(self._weight(name).grad, sharded_like(mask, self._weight(name)))
+        self.progress.pruned = fraction >= 1.0
+        self._prune(masks)
+
+    def _updates(self, done: float) -> bool:
+        """Whether masks are updated at this step."""
+        prune = self.step.prune
+        if prune is None or self.progress.pruned or prune.method == "snip":
+            return False
+        return self.progress.step % prune.every == 0 or done >= prune.until
+
+    def _regrows(self, done: float) -> bool:
+        """Whether the update needs the gradients of all weights."""
+        prune = self.step.prune
+        return prune is not None and prune.method == "rigl" and self._updates(done)
 
     def _learning(self) -> Set[str]:
         """The layers whose pruned weights go on learning for now."""
@@ -243,22 +264,28 @@ class _Loop:
             return frozenset()
         return self.pruner.targets.keys() & self.masks.keys()
 
+    def _prune(self, masks: dict[str, Tensor]) -> None:
+        self.masks = masks
+        self._take_masks()
+        self._zero_weights(self.shards.keys() - self._learning())
+
     def _step(self, rate: float, done: float) -> None:
-        learning = self._learning()
-        still = self.shards.keys() - learning
-        for name in still:
-            apply_mask(self._weight(name).grad, self.shards[name])
         self.accelerator.clip_grad_norm_(self.student.parameters(), self.step.optimizer.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self._zero_weights(still)  # momentum from before a weight was pruned must not move it
-        prune = self.step.prune
-        if learning and prune is not None and prune.decay is not None:
-            factor = max(1 - rate * prune.decay * min(done / prune.until, 1.0), 0.0)
+        prune, learning = self.step.prune, self._learning()
+        if (
+            learning
+            and prune is not None
+            and prune.decay is not None
+            and self.progress.step % DECAY_STEPS == 0
+        ):
+            loss = DECAY_STEPS * rate * prune.decay * min(done / prune.until, 1.0)
             for name in learning:
-                shrink(self._weight(name), self.shards[name], factor)
+                shrink(self._weight(name), self.shards[name], max(1 - loss, 0.0))
 
     def _zero_weights(self, names: Iterable[str]) -> None:
+        """Set to zero what the masks do not keep; the layers compute so anyway."""
         for name in names:
             apply_mask(self._weight(name), self.shards[name])
 
@@ -266,11 +293,12 @@ class _Loop:
         return self.model.get_parameter(f"{name}.weight")
 
     def _take_masks(self) -> None:
-        """Bring the masks to where the weights are, and to the layers that compute with masked ones."""
+        """Bring the masks to where the weights are, and to the layers, which compute with what they keep."""
         self.shards = {name: sharded_like(mask, self._weight(name)) for name, mask in self.masks.items()}
-        if self.pruner is not None and self.pruner.step.decay is not None:
-            for name in self.pruner.targets.keys() & self.masks.keys():
-                keep(self.model.get_submodule(name), self.masks[name].to(self.accelerator.device))
+        pruned = self.pruner.targets.keys() if self.pruner is not None else set()
+        for name, mask in self.masks.items():
+            passing = self.passing if name in pruned else self.closed
+            keep(self.model.get_submodule(name), mask.to(self.accelerator.device), passing)
 
     # --- bookkeeping --------------------------------------------------------------------------------
 
