@@ -52,7 +52,7 @@ def _check(recipe: Recipe, step: Recover, model: Checkpoint, base: Checkpoint) -
     curve = earlier(where)
     budget = step.budget
     rest = curve[-1].tokens - budget.tokens if curve and budget.tokens is not None else -1
-    # of a budget in seconds, the last point of the curve may be some steps before the end
+    # 0.99: curves once ended up to ten steps before a budget in seconds did
     in_time = bool(curve) and budget.seconds is not None and curve[-1].seconds >= 0.99 * budget.seconds
     if not (0 <= rest < step.batch * step.length or in_time):
         raise UsageError(

@@ -385,6 +385,8 @@ class Recover(Part):
         prune, quantize = self.prune, self.quantize
         if prune and prune.decay and quantize and quantize.start < prune.until:
             raise ValueError("with `decay`, `quantize.start` must not come before `prune.until`")
+        if prune and prune.decay and self.weights == "bfloat16":
+            raise ValueError("`decay` needs `weights: float32`: bfloat16 would round it away")
         if self.quantize is not None and self.stored == "bfloat16":
             raise ValueError("bfloat16 does not hold integers times a scale: say `stored: float16`")
         return self

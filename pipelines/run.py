@@ -318,8 +318,8 @@ def _recovered(
         tokens = training_tokens(step, folder, known, run_.store)
         teacher = models[step.teacher]
         others = alternatives(step, tokens, teacher.folder, teacher.sha256, run_.store)
-        recover(Job(step=step, student=folder, teacher=teacher.folder, tokens=tokens, alternatives=others,
-                    out=out, state=state))  # fmt: skip
+        recover(Job(step=step, identity=key, student=folder, teacher=teacher.folder, tokens=tokens,
+                    alternatives=others, out=out, state=state))  # fmt: skip
 
     trained = run_.stage(name, key, work)
     shutil.rmtree(state, ignore_errors=True)

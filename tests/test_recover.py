@@ -24,6 +24,7 @@ from pipelines.recipe import Prune, Recover
 from pipelines.recover import train as recover_module
 from pipelines.recover.data import tokenized
 from pipelines.recover.launch import launched
+from pipelines.recover.rounding import Rounder
 from pipelines.recover.state import newest
 from pipelines.recover.student import Student, rounders
 from pipelines.recover.train import Job, recover
@@ -32,7 +33,7 @@ from tests.process import PATIENCE_S, QUIET, ROOT
 from tests.tiny import VOCABULARY, tiny_llama, tiny_mpt
 from zoo.entry import TrainingPoint
 from zoo.errors import CalibrationError, FormatError, NumericsError, StoreError, UsageError
-from zoo.files import Store
+from zoo.files import Store, sha256_json
 from zoo.runner.config import modules_of
 from zoo.runner.format import unpack
 from zoo.runner.numpy_engine import NumpyEngine
@@ -84,6 +85,7 @@ def job(place: Path, models: dict[str, Path], student: str = "pruned", **changes
     out.mkdir(exist_ok=True)
     return Job(
         step=step_of(**changes),
+        identity=sha256_json([student, changes]),
         student=models[student],
         teacher=models["teacher"],
         tokens=[models["tokens"]],
@@ -131,9 +133,11 @@ def test_the_loss_falls_and_zeros_stay(models: dict[str, Path], tmp_path: Path) 
     assert json.loads((task.out / "config.json").read_text())["dtype"] == "float16"
 
 
+@pytest.mark.parametrize("log_steps", [1, 10])
 def test_a_budget_in_seconds_is_used_up_and_its_curve_reaches_the_end(
-    models: dict[str, Path], tmp_path: Path
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log_steps: int
 ) -> None:
+    monkeypatch.setattr(recover_module, "LOG_STEPS", log_steps)
     task = job(tmp_path, models, budget={"seconds": 0.5})
     progress = recover(task)
     last = curve(task.out)[-1]
@@ -259,6 +263,58 @@ def test_what_comes_back_last_has_what_it_learned(models: dict[str, Path], tmp_p
     recover(task)
     back = torch.cat([w[(w != 0) & (first[n] == 0)].abs() for n, w in linears(task.out).items()])
     assert len(back) > 20 and float(back.min()) > 1e-3
+
+
+def test_the_decay_is_that_of_the_recipe(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every ten steps 1 - 10 lr d min(t / until, 1), t the fraction of the budget; from `until` on, zero."""
+    told: list[float] = []
+    shrink = recover_module.shrink
+
+    def heard(tensor: Tensor, mask: Tensor, factor: float) -> None:
+        before = tensor.detach().clone()
+        shrink(tensor, mask, factor)
+        told.append(factor)
+        assert torch.equal(tensor[mask], before[mask])
+        assert torch.allclose(tensor[~mask], before[~mask] * factor)
+
+    monkeypatch.setattr(recover_module, "shrink", heard)
+    prune = {
+        "method": "magnitude",
+        "pattern": {"keep": 8, "group": 16},
+        "decay": 3.0,
+        "until": 0.6,
+        "every": 7,
+    }
+    task = job(tmp_path, models, "teacher", prune=prune, budget={"tokens": 128 * 50},
+               optimizer={"learning_rate": 0.01, "warmup": 0.1})  # fmt: skip
+    recover(task)
+    expected = [
+        1 - 10 * 0.01 * recover_module.schedule((step + 0.5) / 50, 0.1) * 3.0 * min(step / 50 / 0.6, 1.0)
+        for step in (0, 10, 20)
+    ]
+    layers = len(linears(task.out))
+    assert told == pytest.approx([factor for factor in expected for _ in range(layers)])
+
+
+def test_scales_are_searched_for_what_is_kept(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the rounding begins when the pruning ends."""
+    seen: list[float] = []
+    fit = Rounder.fit
+
+    def watched(self: Rounder, weight: Tensor) -> None:
+        if weight.shape[0] != VOCABULARY:
+            seen.append(float((weight != 0).view(-1, 16).sum(dim=1).max()))
+        fit(self, weight)
+
+    monkeypatch.setattr(Rounder, "fit", watched)
+    prune = {"method": "magnitude", "pattern": {"keep": 8, "group": 16}, "decay": 1.0, "until": 0.5}
+    quantize = {"grid": {"bits": 5, "group": 32}, "start": 0.5}
+    recover(job(tmp_path, models, "teacher", prune=prune, quantize=quantize, budget={"tokens": 128 * 20}))
+    assert seen and set(seen) == {8.0}
 
 
 # --- the exported grid ------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -131,6 +132,82 @@ def test_runs_that_share_a_store_make_once_what_their_recipes_share(base: Path, 
     two, three = ((tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("two", "three"))
     assert two == three != (tmp_path / "one" / "model" / "model.safetensors").read_bytes()
     assert sum("recover: step" in text for text in told) == 1, "the other waited"
+
+
+def test_a_store_keeps_apart_what_differs(base: Path, tmp_path: Path) -> None:
+    """Other windows of the same tokens, and the same weights with another configuration, are something else;
+    the same content in another folder is the same."""
+    command = ["--store", str(tmp_path / "store")]
+
+    def run(name: str, model: Path, **calibration: int) -> dict[str, Any]:
+        made = recipe(tmp_path, steps=[PRUNE], calibration={"source": str(PROSE), **calibration})
+        main([*command, "--model", str(model), "--recipe", str(made), "--out", str(tmp_path / name)])
+        return {path.name: path.read_bytes() for path in (tmp_path / name / "model").iterdir()}
+
+    one = run("one", base, windows=4, length=32)
+    copy, other = tmp_path / "copy", tmp_path / "other"
+    for folder in (copy, other):
+        shutil.copytree(base, folder)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.5}))
+    assert run("same", copy, windows=4, length=32) == one
+    assert len(finished(tmp_path)) == 1
+    assert run("windows", base, windows=8, length=16)["model.safetensors"] != one["model.safetensors"]
+    assert json.loads(run("config", other, windows=4, length=32)["config.json"])["rms_norm_eps"] == 0.5
+    assert len(finished(tmp_path)) == 3
+    (tmp_path / "one" / "model" / "config.json").write_text("{}")  # it is the user's to change
+
+
+def test_a_run_is_not_begun_anew_unnoticed(base: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(PROSE.read_text())
+    made = recipe(tmp_path, steps=[{**RECOVER, "data": [{"source": str(text)}]}])
+    command = ["--model", str(base), "--recipe", str(made), "--out", str(tmp_path / "out")]
+    main([*command, "--seconds", "0"])
+    text.write_text(PROSE.read_text() + "And more.")
+    with pytest.raises(SystemExit, match="begun with another text"):
+        main([*command, "--seconds", "0", "--resume"])
+    text.write_text(PROSE.read_text())
+    main([*command, "--resume", "--set", "steps.0.micro_batch=2"])
+    assert len(finished(tmp_path / "out")) == 1
+
+
+def test_waiting_for_another_run_ends_in_time(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = recipe(tmp_path, steps=[PRUNE])
+    command = ["--model", str(base), "--recipe", str(made), "--store", str(tmp_path / "store"), "--out"]
+    main([*command, str(tmp_path / "one")])
+    (key,) = (path.parent.name for path in finished(tmp_path))
+    with Store(tmp_path / "store").locked(key):
+        main([*command, str(tmp_path / "two"), "--seconds", "0"])
+    told = capsys.readouterr().err
+    assert "another run does this step" in told and "--resume to go on" in told
+    assert not (tmp_path / "two" / "model").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--recipe", "RECIPE", "--model", "BASE"], "needs --model and --out"),
+        (["--recipe", "RECIPE", "--model", "BASE", "--out", "OUT", "--named", "name"], None),
+        (["--evaluate", "TEXT"], "--evaluate needs"),
+    ],
+    ids=["no out", "no folder of a name", "nothing to evaluate"],
+)
+def test_what_is_missing_is_told(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str | None
+) -> None:
+    names = {
+        "RECIPE": str(recipe(tmp_path)),
+        "BASE": str(base),
+        "OUT": str(tmp_path / "o"),
+        "TEXT": str(PROSE),
+    }
+    with pytest.raises(SystemExit, match=words):
+        main([names.get(argument, argument) for argument in arguments])
+    if words is None:
+        assert "name is not NAME=DIR" in capsys.readouterr().err
 
 
 def _perplexity(folder: Path) -> float:
@@ -268,6 +345,9 @@ def test_an_endpoint_answers(
         ("steps.1.prune={method: rigl, pattern: {keep: 4, group: 16}, stages: [8, 4]}", "goes with"),
         ("steps.1.prune={method: rigl, pattern: {keep: 4, group: 16}, schedule: stages, stages: [8, 6]}",
          "must fall to the pattern's keep, 4"),
+        ("steps.1.prune={method: rigl, pattern: {keep: 4, group: 16}, decay: 1}", "may bring weights back"),
+        ("steps.1.prune={method: wanda, pattern: {keep: 4, group: 16}, decay: 1, until: 0.6}",
+         "must not come before"),
         ("steps.1.skills=[{prompts: x, endpoint: http://y}]", "go together"),
         ("steps.1.skills=[{prompts: x, templates: ['why']}]", "needs a {} for the prompt"),
         ("steps.1.written=[{source: x, tokens: 9, prompt: 15, length: 16}]", "leave room after the `prompt`"),

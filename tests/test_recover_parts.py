@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from pipelines.masks import Grouped, Unstructured
 from pipelines.recipe import PruneInTraining, Recover, Rounding
 from pipelines.recover import losses as recover_losses
-from pipelines.recover import masks as recover_masks
+from pipelines.recover import prune as recover_prune
 from pipelines.recover.data import Blocks, open_tokens, write_tokens
 from pipelines.recover.losses import (
     IGNORED,
@@ -36,6 +36,7 @@ from pipelines.recover.masks import (
     saliency,
     snip_masks,
 )
+from pipelines.recover.prune import Pruner
 from pipelines.recover.resample import alternatives
 from pipelines.recover.rounding import EffectiveLinear, add_rounder, check_exact, keep
 from pipelines.recover.shards import shrink
@@ -226,24 +227,26 @@ def test_weights_that_are_not_kept_may_come_back() -> None:
     assert torch.equal(back.view(8, 16), largest)
 
 
-@pytest.mark.parametrize("together", [1 << 27, 300])
-def test_masks_found_together_are_those_of_each_layer(together: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recover_masks, "TOGETHER", together)
-    scores = {
-        "a": normal(4, 32).abs(),
-        "b": normal(8, 64).abs(),
-        "c": normal(3, 48).abs(),
-        "d": normal(4, 16).abs(),
-    }
-    patterns = {
-        "a": Grouped(8, 16, 8),
-        "b": Grouped(8, 16, 8),
-        "c": Unstructured(0.5),
-        "d": Grouped(8, 16, 8),
-    }
+def test_masks_found_together_are_those_of_each_layer() -> None:
+    scores = {name: normal(*shape).abs() for name, shape in
+              {"a": (4, 32), "b": (8, 64), "c": (3, 48), "d": (4, 16)}.items()}  # fmt: skip
+    banded = Grouped(8, 16, 8)
+    patterns = {"a": banded, "b": Grouped(4, 16), "c": Unstructured(0.5), "d": banded}
     found = best_together(scores, patterns)
     assert found.keys() == scores.keys()
     assert all(torch.equal(mask, best(scores[name], patterns[name])) for name, mask in found.items())
+
+
+@pytest.mark.parametrize("together", [1, 1 << 27])
+def test_all_layers_are_pruned_however_many_at_a_time(together: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recover_prune, "TOGETHER", together)
+    model = nn.ModuleDict({name: nn.Linear(32, 8, bias=False) for name in "abc"})
+    step = in_training(method="magnitude", pattern={"keep": 8, "group": 16})
+    masks = Pruner(step, ["a", "b"]).update(model, {"c": torch.ones(8, 32, dtype=torch.bool)}, 1.0, None)
+    assert masks.keys() == {"a", "b", "c"} and bool(masks["c"].all())
+    for name in "ab":
+        weight = model.get_parameter(f"{name}.weight").detach().abs().view(-1, 16)
+        assert torch.equal(masks[name].view(-1, 16), weight >= weight.topk(8).values[:, -1:])
 
 
 @pytest.mark.parametrize("passing", [1.0, 0.0])

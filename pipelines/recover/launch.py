@@ -58,7 +58,7 @@ def launched(job: Job, processes: int) -> Progress:
     state = newest(job.state)
     if code or state is None:
         raise ZooError(f"training in {group.machines * processes} processes ended with code {code}")
-    return read_progress(state, job.fingerprint)
+    return read_progress(state, job.identity)
 
 
 class Machine:

@@ -1,13 +1,12 @@
 """Pruning while a model trains, or just before: how sparse at which moment, and which weights then stay.
 
-Masks are bool (rows, columns), True where a weight is kept. A weight that is regrown begins at zero.
+Masks are bool (rows, columns), True where a weight is kept.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -16,7 +15,6 @@ from pipelines.masks import Grouped, Pattern, Unstructured, best_mask, top_fract
 from pipelines.recipe import PruneInTraining, SparsityPattern
 from zoo.runner.format import KEEPS
 
-TOGETHER = 1 << 27  # weights whose masks are found at once: some gigabytes of scores and choices
 SURVIVOR = 32.0  # more than all the 16 columns of a block can score by their gradients
 
 
@@ -53,21 +51,17 @@ def best(scores: Tensor, pattern: Pattern) -> Tensor:
 
 
 def best_together(scores: Mapping[str, Tensor], patterns: Mapping[str, Pattern]) -> dict[str, Tensor]:
-    """The best mask of every layer. Layers of one grouped pattern are taken together, TOGETHER weights at a
-    time: a GPU then needs a few hundred steps for all of them, not for each."""
+    """The best mask of every layer. Layers of one grouped pattern are taken together: a GPU then needs a few
+    hundred steps for all of them, not for each."""
     found: dict[str, Tensor] = {}
     for pattern in dict.fromkeys(patterns.values()):
         names = [name for name, own in patterns.items() if own == pattern]
         if isinstance(pattern, Unstructured):
             found |= {name: best(scores[name], pattern) for name in names}
             continue
-        while names:
-            sizes = [scores[name].numel() for name in names]
-            count = max(sum(total <= TOGETHER for total in accumulate(sizes)), 1)
-            some, names = names[:count], names[count:]
-            groups = torch.cat([scores[name].reshape(-1, pattern.group) for name in some])
-            pieces = torch.split(best(groups, pattern), [size // pattern.group for size in sizes[:count]])
-            found |= {name: piece.view_as(scores[name]) for name, piece in zip(some, pieces, strict=True)}
+        groups = [scores[name].reshape(-1, pattern.group) for name in names]
+        pieces = torch.split(best(torch.cat(groups), pattern), [len(group) for group in groups])
+        found |= {name: piece.view_as(scores[name]) for name, piece in zip(names, pieces, strict=True)}
     return found
 
 

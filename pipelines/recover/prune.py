@@ -27,10 +27,13 @@ from zoo.errors import NumericsError, PatternError
 
 
 def masks_of(model: nn.Module, checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """Where the layers that earlier steps pruned must stay zero, by layer name."""
+    """What the layers that earlier steps pruned have kept, by layer name."""
     return {
         name: whole(model.get_parameter(f"{name}.weight")) != 0 for name in sorted(pruned_layers(checkpoint))
     }
+
+
+TOGETHER = 1 << 27  # weights whose masks are found at once: some gigabytes of scores and choices
 
 
 class Pruner:
@@ -56,26 +59,24 @@ class Pruner:
         """All masks after `fraction` of the pruning; for rigl, the parameters hold their full gradients."""
         step = self.step
         assert step.method != "snip"
-        weights, old, patterns, regrown = {}, {}, {}, {}
+        found = dict(masks)
+        scores: dict[str, Tensor] = {}
+        patterns: dict[str, Pattern] = {}
         for name in self.targets:
             weight, gradient = self._of(model, name)
             mask = masks.get(name, torch.ones_like(weight, dtype=torch.bool)).to(weight.device)
-            weights[name], old[name], patterns[name] = weight, mask, self._pattern(name, fraction, mask)
+            pattern = self._pattern(name, fraction, mask)
             if step.method == "rigl":
                 regrow = regrown_fraction(step.regrow, fraction)
-                regrown[name] = rigl_mask(weight, mask, patterns[name], gradient, regrow)
-        if step.method == "rigl":
-            return {**masks, **regrown}
-        scores = {
-            name: saliency(
-                weight,
-                old[name],
-                input_norm=None if norms is None else norms[name],
-                revive=step.decay is not None,
-            )
-            for name, weight in weights.items()
-        }
-        return {**masks, **best_together(scores, patterns)}
+                found[name] = rigl_mask(weight, mask, pattern, gradient, regrow)
+                continue
+            norm = None if norms is None else norms[name]
+            scores[name] = saliency(weight, mask, input_norm=norm, revive=step.decay is not None)
+            patterns[name] = pattern
+            if sum(score.numel() for score in scores.values()) >= TOGETHER:
+                found |= best_together(scores, patterns)
+                scores, patterns = {}, {}
+        return found | best_together(scores, patterns)
 
     def snip(self, model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """All masks before training, from the gradients that the parameters hold."""
@@ -100,7 +101,8 @@ class Pruner:
 
     def _of(self, model: nn.Module, name: str) -> tuple[Tensor, Tensor | None]:
         parameter = model.get_parameter(f"{name}.weight")
-        return whole(parameter), None if parameter.grad is None else whole(parameter.grad)
+        gradient = parameter.grad if self.step.method in ("rigl", "snip") else None
+        return whole(parameter), None if gradient is None else whole(gradient)
 
     def input_norms(
         self, model: nn.Module, student: nn.Module, batches: Iterable[Tensor], accelerator: Any

@@ -23,7 +23,7 @@ PROGRESS = "progress.json"
 class Progress(BaseModel):
     """How far a training is. The position in the text is `step` times the batch."""
 
-    fingerprint: str  # of recipe step, student, teacher and text
+    identity: str  # of what is trained, by whom and on what
     processes: int = 1  # that share the batch; may change from call to call
     step: int = 0
     tokens: int = 0
@@ -75,10 +75,10 @@ def newest(folder: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def read_progress(state: Path, fingerprint: str) -> Progress:
+def read_progress(state: Path, identity: str) -> Progress:
     """Raises StoreError for the state of another training."""
     progress = Progress.model_validate_json((state / PROGRESS).read_text())
-    if progress.fingerprint != fingerprint:
+    if progress.identity != identity:
         raise StoreError(
             f"{state} belongs to another training",
             saw="another recipe, model or text",

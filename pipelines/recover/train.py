@@ -38,7 +38,6 @@ from pipelines.recover.student import (
 from pipelines.recover.write import write_model
 from zoo.entry import TrainingPoint
 from zoo.errors import NumericsError, UsageError
-from zoo.files import canonical_json, sha256_bytes
 from zoo.progress import QUIET_INTERVAL_S, say
 
 LOG_STEPS = 10  # between two points of the curve
@@ -50,6 +49,7 @@ class Job(BaseModel):
     """One training: what each of its processes needs to know."""
 
     step: Recover
+    identity: str  # of what is trained, by whom and on what: the state of another is no beginning
     student: Path
     teacher: Path
     tokens: list[Path]
@@ -57,13 +57,6 @@ class Job(BaseModel):
     out: Path  # an empty folder, for the model
     state: Path  # of a training that is not finished
     stop_after: float | None = None  # seconds of this call, after which it saves and ends
-
-    @property
-    def fingerprint(self) -> str:
-        """Of what must be the same for a state to go on. Folders are named by content, or do not change."""
-        sizes = [[path.name, path.stat().st_size] for path in self.tokens]
-        step = self.step.model_dump(exclude={"micro_batch", "recompute", "compile"})
-        return sha256_bytes(canonical_json([step, self.student.name, self.teacher.name, sizes]).encode())
 
 
 def recover(job: Job) -> Progress:
@@ -90,9 +83,9 @@ def train(job: Job) -> Progress:
         model: nn.Module = accelerator.unwrap_model(student).model
         checkpoint = Checkpoint(job.student)
         masks = masks_of(model, checkpoint)
-        progress = Progress(fingerprint=job.fingerprint)
+        progress = Progress(identity=job.identity)
         if (state := newest(job.state)) is not None:
-            progress = read_progress(state, job.fingerprint)
+            progress = read_progress(state, job.identity)
             device = accelerator.device
             masks = {name: mask.to(device) for name, mask in restore(accelerator, state).items()}
             for rounder in rounders(model).values():
@@ -137,15 +130,13 @@ class _Loop:
         self.passing, self.closed = torch.zeros(2, device=accelerator.device).unbind()
 
     def run(self) -> None:
-        progress, step = self.progress, self.step
+        progress = self.progress
         said = saved = time.monotonic()
         self._take_masks()
-        rate = 0.0
+        rate = self._rate(-self.step_tokens / 2)
         while (done := self._done()) < 1.0 and not self.clock.stop:
             self._prepare(done)
-            rate = step.optimizer.learning_rate * schedule(
-                self._done(ahead=self.step_tokens / 2), step.optimizer.warmup
-            )
+            rate = self._rate(self.step_tokens / 2)
             for group in self.optimizer.param_groups:
                 if isinstance(group["lr"], Tensor):  # torchao's, of which compiled code holds the address
                     group["lr"].fill_(rate)
@@ -158,9 +149,9 @@ class _Loop:
             progress.step += 1
             progress.tokens += self.step_tokens
             self.summed += 1
+            progress.seconds += self.clock.tick()
             if progress.step % LOG_STEPS == 0:
                 self._record(rate)
-            progress.seconds += self.clock.tick()
             now = time.monotonic()
             if now - said >= QUIET_INTERVAL_S and self.accelerator.is_main_process:
                 said = now
@@ -190,8 +181,8 @@ class _Loop:
             progress.pruned = True
             self._prune(self.pruner.snip(self.model, self.masks))
             self.optimizer.zero_grad()
-        if quantize is None or done < quantize.start:
-            return
+        if quantize is None or done < quantize.start or self._learning():
+            return  # scales are not searched for weights that masks are about to drop
         again = quantize.scales == "searched" and progress.step % quantize.every == 0
         if not progress.rounding or again:
             self._zero_weights(self.shards)
@@ -301,6 +292,11 @@ class _Loop:
             keep(self.model.get_submodule(name), mask.to(self.accelerator.device), passing)
 
     # --- bookkeeping --------------------------------------------------------------------------------
+
+    def _rate(self, ahead: float) -> float:
+        """The learning rate so many tokens from now."""
+        setting = self.step.optimizer
+        return setting.learning_rate * schedule(self._done(ahead), setting.warmup)
 
     def _done(self, ahead: float = 0) -> float:
         """Fraction of the budget that is used up."""

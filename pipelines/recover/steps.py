@@ -1,0 +1,200 @@
+"""The steps of a recipe in a store, one after the other, without the rest of the pipeline.
+
+Keys are the hashes of what decides a step's result: its settings, the content of models and texts. The code
+is no part of them, so that a training goes on after an update of it.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pipelines.recipe import Calibration, Recipe, Recover, Step
+from pipelines.recover.tokens import training_tokens
+from zoo.errors import UsageError
+from zoo.files import Store, sha256_file, sha256_json, write_json
+from zoo.progress import say
+
+# as a recipe names them (None: its base): folder, and what names its content
+Models = Mapping[str | None, tuple[Path, str]]
+RUN = "run.json"
+POLL_S = 1.0
+CONTENT = (".safetensors", ".json", ".jinja", ".model")  # of a model: weights, settings, tokenizer
+HOW = {"micro_batch", "recompute", "compile"}  # may change in a training: no result depends on it
+WHAT = {"data", "written", "teacher"}  # of texts and models the content counts, wherever they are
+
+
+def run_steps(
+    recipe: Recipe, model: Path, models: Models, out: Path, store: Store, seconds: float | None, resume: bool
+) -> bool:
+    """Do the steps on `model`; the last one's model, finished or not, is then in `out`/model.
+
+    seconds: of each training; also how long to wait for another run that does the same step. False if they
+    were over before. Raises UsageError for a folder that holds something else, or is not to be resumed.
+    """
+    folder, key = model, fingerprint(model)
+    named = {name for step in recipe.steps if isinstance(step, Recover) for name in step.models}
+    settings = [recipe.calibration.model_dump(mode="json")]
+    settings += [step.model_dump(mode="json", exclude=HOW) for step in recipe.steps]
+    names = sorted((name or "", models[name][1]) for name in named)
+    run = _Run(out, sha256_json([settings, key, names]), resume)
+    windows = None
+    if any(step.calibrated for step in recipe.steps):
+        windows = _calibrated(recipe.calibration, model, key, store)
+    for number, step in enumerate(recipe.steps):
+        tokens: list[Path] = []
+        parts: list[Any] = [step.model_dump(mode="json", exclude=HOW | WHAT), key]
+        if isinstance(step, Recover):
+            tokens = training_tokens(step, folder, models, store)
+            parts += [models[step.teacher][1], [sha256_file(path) for path in tokens]]
+        elif windows is not None and step.calibrated:
+            parts += [sha256_file(windows)]
+        key = sha256_json(parts)
+        run.begin(number, key)
+        if not _free(store, key, seconds):
+            return False
+        with store.locked(key):
+            made = store.get(key) is not None or _make(
+                step, folder, models, tokens, windows, key, store, out, seconds
+            )
+            if not made:
+                return False
+            shutil.rmtree(_state(store, key), ignore_errors=True)
+        folder = store.path(key)
+    if recipe.steps:
+        _publish(folder, out)
+    return True
+
+
+def fingerprint(folder: Path) -> str:
+    """What names the content of a model folder."""
+    paths = sorted(path for path in folder.iterdir() if path.suffix in CONTENT and path.is_file())
+    return sha256_json([[path.name, sha256_file(path)] for path in paths])
+
+
+def _make(
+    step: Step, folder: Path, models: Models, tokens: list[Path], windows: Path | None, key: str,
+    store: Store, out: Path, seconds: float | None,
+) -> bool:  # fmt: skip
+    """Do a step and put what it made into the store; if the time is over before, into the model folder."""
+    fresh = out / ".made"
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir()
+    try:
+        if isinstance(step, Recover):
+            if not _recover(step, folder, models, tokens, key, store, fresh, seconds):
+                _publish(fresh, out)
+                return False
+        else:
+            from pipelines.calibrate import load_windows
+            from pipelines.compress import run_step
+
+            run_step(step, folder, fresh, None if windows is None else load_windows(windows.parent))
+        with store.writing(key) as kept:
+            for path in fresh.iterdir():
+                shutil.move(path, kept / path.name)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+    return True
+
+
+def _recover(
+    step: Recover, folder: Path, models: Models, tokens: list[Path], key: str, store: Store, fresh: Path,
+    seconds: float | None,
+) -> bool:  # fmt: skip
+    from pipelines.recover.resample import alternatives
+    from pipelines.recover.train import Job, recover
+
+    teacher, teacher_id = models[step.teacher]
+    job = Job(
+        step=step,
+        identity=key,
+        student=folder,
+        teacher=teacher,
+        tokens=tokens,
+        alternatives=alternatives(step, tokens, teacher, teacher_id, store),
+        out=fresh,
+        state=_state(store, key),
+        stop_after=seconds,
+    )
+    return recover(job).used(step.budget) >= 1.0
+
+
+def _state(store: Store, key: str) -> Path:
+    return store.root / "training" / key
+
+
+def _free(store: Store, key: str, seconds: float | None) -> bool:
+    """Wait until no other run does this step. False if the time is over before."""
+    began = time.monotonic()
+    if store.is_locked(key):
+        say("  another run does this step: waiting for it")
+    while store.is_locked(key):
+        if seconds is not None and time.monotonic() - began >= seconds:
+            return False
+        time.sleep(POLL_S)
+    return True
+
+
+def _calibrated(setting: Calibration, model: Path, model_id: str, store: Store) -> Path:
+    """The file of calibration windows, made once."""
+    from pipelines import calibrate, keys
+
+    text = None if setting.source == "self" else keys.text_revision(setting.source, setting.column)
+    key = sha256_json(["calibration", setting.model_dump(mode="json", exclude={"source"}), text, model_id])
+    with store.locked(key):
+        if store.get(key) is None:
+            with store.writing(key) as out:
+                calibrate.calibrate(setting, model, out)
+    return store.path(key) / calibrate.FILE
+
+
+class _Run:
+    """What `out` holds: so that two runs are never mixed in it, nor one begun anew unnoticed."""
+
+    def __init__(self, out: Path, identity: str, resume: bool) -> None:
+        self.path = out / RUN
+        self.identity = identity
+        self.keys: list[str] = []
+        if not self.path.is_file():
+            out.mkdir(parents=True, exist_ok=True)
+            self._write()
+            return
+        found = json.loads(self.path.read_bytes())
+        if found.get("identity") != identity:
+            raise UsageError(
+                f"{out} holds a run of another recipe, model or text", try_="another --out for this one"
+            )
+        if not resume:
+            raise UsageError(f"{out} holds this run already", try_="--resume, or another --out")
+        self.keys = found.get("steps", [])
+
+    def begin(self, number: int, key: str) -> None:
+        """Step `number`, counted from 0, is next."""
+        if self.keys[number : number + 1] not in ([], [key]):
+            raise UsageError(
+                f"{self.path.parent} was begun with another text or calibration",
+                saw=f"step {number + 1} would not go on from what it holds",
+                try_="the same text again, or another --out",
+            )
+        self.keys[number:] = [key]
+        self._write()
+
+    def _write(self) -> None:
+        write_json(self.path, {"identity": self.identity, "steps": self.keys})
+
+
+def _publish(folder: Path, out: Path) -> None:
+    """`folder`'s files as `out`/model, in one rename."""
+    fresh, old = out / ".model.new", out / ".model.old"
+    for left in (fresh, old):
+        shutil.rmtree(left, ignore_errors=True)
+    shutil.copytree(folder, fresh, copy_function=shutil.copyfile)  # the store's files are read-only
+    if (out / "model").is_dir():
+        (out / "model").rename(old)
+    fresh.rename(out / "model")
+    shutil.rmtree(old, ignore_errors=True)
