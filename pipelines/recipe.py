@@ -294,7 +294,7 @@ class Optimizer(Part):
 
 
 class PruneInTraining(Part):
-    """Sets weights to zero while the model trains, or before by their gradients (snip)."""
+    """Decides while the model trains which weights end up as zero, or before by their gradients (snip)."""
 
     method: Literal["magnitude", "wanda", "rigl", "snip"] = Field(
         description="what is dropped; rigl also regrows where the gradient is largest"
@@ -349,7 +349,7 @@ class QuantizeInTraining(Part):
 
 
 class Recover(Part):
-    """Trains the model so far, zeros staying zeros; with nothing pruned, it trains the dense model."""
+    """Trains the model so far, keeping its zeros, or to those of `prune`; with neither, the dense model."""
 
     kind: Literal["recover"]
     data: list[TrainingText] = []
