@@ -134,6 +134,30 @@ def test_runs_that_share_a_store_make_once_what_their_recipes_share(base: Path, 
     assert sum("recover: step" in text for text in told) == 1, "the other waited"
 
 
+MISSING = """
+import importlib.abc, sys
+class Missing(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in "datasets lm_eval llama_cpp sqlalchemy alembic typer streamlit".split():
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Missing())
+from pipelines.recover.__main__ import main
+main(sys.argv[1:])
+"""
+
+
+def test_it_needs_nothing_but_what_trains(base: Path, tmp_path: Path) -> None:
+    written = {"source": "builtin:seed", "tokens": 200, "prompt": 4, "length": 32, "batch": 4}
+    steps = [PRUNE, {**RECOVER, "written": [written], "budget": {"tokens": 1280}}]
+    arguments = ["--model", base, "--recipe", recipe(tmp_path, steps=steps), "--out", tmp_path / "out"]
+    done = subprocess.run(
+        [sys.executable, "-c", MISSING, *map(str, arguments)],
+        env=os.environ | QUIET | {"OMP_NUM_THREADS": "1"}, cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "model" / "grid.safetensors").is_file()
+
+
 def test_a_store_keeps_apart_what_differs(base: Path, tmp_path: Path) -> None:
     """Other windows of the same tokens, and the same weights with another configuration, are something else;
     the same content in another folder is the same."""
