@@ -150,10 +150,9 @@ def test_it_needs_nothing_but_what_trains(base: Path, tmp_path: Path) -> None:
     written = {"source": "builtin:seed", "tokens": 200, "prompt": 4, "length": 32, "batch": 4}
     steps = [PRUNE, {**RECOVER, "written": [written], "budget": {"tokens": 1280}}]
     arguments = ["--model", base, "--recipe", recipe(tmp_path, steps=steps), "--out", tmp_path / "out"]
-    done = subprocess.run(
-        [sys.executable, "-c", MISSING, *map(str, arguments)],
-        env=os.environ | QUIET | {"OMP_NUM_THREADS": "1"}, cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    command = [sys.executable, "-c", MISSING, *map(str, arguments)]
+    environment = os.environ | QUIET | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out" / "model" / "grid.safetensors").is_file()
 
