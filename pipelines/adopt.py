@@ -52,8 +52,7 @@ def _check(recipe: Recipe, step: Recover, model: Checkpoint, base: Checkpoint) -
     curve = earlier(where)
     budget = step.budget
     rest = curve[-1].tokens - budget.tokens if curve and budget.tokens is not None else -1
-    # 0.99: curves once ended up to ten steps before a budget in seconds did
-    in_time = bool(curve) and budget.seconds is not None and curve[-1].seconds >= 0.99 * budget.seconds
+    in_time = bool(curve) and budget.seconds is not None and curve[-1].seconds >= budget.seconds
     if not (0 <= rest < step.batch * step.length or in_time):
         raise UsageError(
             f"the training of {where} did not take the recipe's budget",

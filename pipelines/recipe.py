@@ -217,7 +217,7 @@ class Skill(Part):
 class Written(Part):
     """Text that a model writes: pieces that begin with some tokens of a text, drawn at random."""
 
-    source: str = Field(description="what pieces begin with: as in `data`")
+    source: str = Field(description="what pieces begin with: as in `data`, or builtin:seed")
     column: str = Field("text", description="column of a parquet file or data set")
     model: str | None = Field(None, description="who writes, as in `base`; null: the teacher")
     tokens: int = Field(ge=1, description="to be written")

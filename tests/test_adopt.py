@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from pipelines.adopt import adopt
 from pipelines.recipe import load
 from pipelines.recover.__main__ import main
+from pipelines.recover.write import earlier
 from tests.process import Zoo
 from tests.test_recover_command import PRUNE, RECOVER, recipe
 from tests.tiny import tiny_llama
@@ -129,6 +130,19 @@ def test_changed_weights_and_other_models_are_refused(base: Path, trained: Path,
         adopt(other, trained, store)
     key = adopt(right, trained, store)
     assert adopt(right, trained, store) == key and store.get(key) is not None
+
+
+def test_a_budget_in_seconds_is_used_up_to_the_last(base: Path, tmp_path: Path) -> None:
+    def timed(seconds: float) -> Path:
+        return recipe(tmp_path, base, steps=[{**RECOVER, "budget": {"seconds": seconds}}])
+
+    main(["--model", str(base), "--recipe", str(timed(0.5)), "--out", str(tmp_path / "out")])
+    took = earlier(tmp_path / "out" / "model")[-1].seconds
+    store = Store(tmp_path / "store")
+    with pytest.raises(UsageError, match="did not take the recipe's budget"):
+        adopt(load(timed(took + 0.001)), tmp_path / "out", store)
+    for seconds in (0.5, took):
+        assert store.get(adopt(load(timed(seconds)), tmp_path / "out", store)) is not None
 
 
 @pytest.mark.parametrize("zero_point", ["integer", "float16"])

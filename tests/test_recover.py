@@ -208,23 +208,18 @@ def test_pruning_in_training_reaches_its_target(
         assert {m.keep for m in report.matrices if m.name.startswith("layers.")} == {kept}
 
 
+def begun(place: Path, models: dict[str, Path], **prune: Any) -> Job:
+    """A training with weights that decay, after its first step of 24."""
+    task = job(place, models, "teacher", budget={"tokens": 128 * 24}, optimizer={"learning_rate": 0.02},
+               prune={"method": "magnitude", "pattern": {"keep": 8, "group": 16}, **prune})  # fmt: skip
+    recover(task.model_copy(update={"stop_after": 0.0}))
+    return task
+
+
 def test_what_decays_is_no_part_of_the_model(models: dict[str, Path], tmp_path: Path) -> None:
     """Halfway, the file has the pattern's zeros and the state all weights; some of those that were dropped
     at first are in the end kept, and the others zero."""
-    prune = {
-        "method": "magnitude",
-        "pattern": {"keep": 8, "group": 16},
-        "decay": 20.0,
-        "every": 1,
-        "until": 0.75,
-    }
-    changes: dict[str, Any] = {
-        "prune": prune,
-        "budget": {"tokens": 128 * 24},
-        "optimizer": {"learning_rate": 0.02},
-    }
-    task = job(tmp_path, models, "teacher", **changes)
-    recover(task.model_copy(update={"stop_after": 0.0}))
+    task = begun(tmp_path, models, decay=20.0, every=1, until=0.75)
     first = linears(task.out)
     state = newest(task.state)
     assert state is not None and state.name == "step-00000001"
@@ -237,7 +232,8 @@ def test_what_decays_is_no_part_of_the_model(models: dict[str, Path], tmp_path: 
     last = linears(task.out)
     assert all(int((w != 0).view(-1, 16).sum(dim=1).max()) == 8 for w in last.values())
     assert sum(int(((first[n] == 0) & (last[n] != 0)).sum()) for n in last) > 20, "some came back"
-    whole = job(tmp_path / "whole", models, "teacher", **changes)
+    (tmp_path / "whole").mkdir()
+    whole = task.model_copy(update={"out": tmp_path / "whole", "state": tmp_path / "whole-state"})
     recover(whole)
     assert losses(curve(whole.out)) == losses(curve(task.out))
     assert all(torch.equal(w, last[n]) for n, w in linears(whole.out).items())
@@ -245,20 +241,7 @@ def test_what_decays_is_no_part_of_the_model(models: dict[str, Path], tmp_path: 
 
 def test_what_comes_back_last_has_what_it_learned(models: dict[str, Path], tmp_path: Path) -> None:
     """Masks are updated before the first step and before the last, whose learning rate is next to nothing."""
-    prune = {
-        "method": "magnitude",
-        "pattern": {"keep": 8, "group": 16},
-        "decay": 1.0,
-        "every": 99,
-        "until": 0.95,
-    }
-    changes: dict[str, Any] = {
-        "prune": prune,
-        "budget": {"tokens": 128 * 24},
-        "optimizer": {"learning_rate": 0.02},
-    }
-    task = job(tmp_path, models, "teacher", **changes)
-    recover(task.model_copy(update={"stop_after": 0.0}))
+    task = begun(tmp_path, models, decay=1.0, every=99, until=0.95)
     first = linears(task.out)
     recover(task)
     back = torch.cat([w[(w != 0) & (first[n] == 0)].abs() for n, w in linears(task.out).items()])

@@ -10,6 +10,7 @@ import json
 import shutil
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,8 @@ def run_steps(
     settings = [recipe.calibration.model_dump(mode="json")]
     settings += [step.model_dump(mode="json", exclude=HOW) for step in recipe.steps]
     names = sorted((name or "", models[name][1]) for name in named)
-    run = _Run(out, sha256_json([settings, key, names]), resume)
+    claim = _Claim(out, sha256_json([settings, key, names]), resume)
+    run = _Run(models, out, store, seconds)
     windows = None
     if any(step.calibrated for step in recipe.steps):
         windows = _calibrated(recipe.calibration, model, key, store)
@@ -54,16 +56,13 @@ def run_steps(
         elif windows is not None and step.calibrated:
             parts += [sha256_file(windows)]
         key = sha256_json(parts)
-        run.begin(number, key)
-        if not _free(store, key, seconds):
+        claim.begin(number, key)
+        if not run.free(key):
             return False
         with store.locked(key):
-            made = store.get(key) is not None or _make(
-                step, folder, models, tokens, windows, key, store, out, seconds
-            )
-            if not made:
+            if store.get(key) is None and not run.make(step, key, folder, tokens, windows):
                 return False
-            shutil.rmtree(_state(store, key), ignore_errors=True)
+            shutil.rmtree(run.state(key), ignore_errors=True)
         folder = store.path(key)
     if recipe.steps:
         _publish(folder, out)
@@ -76,68 +75,62 @@ def fingerprint(folder: Path) -> str:
     return sha256_json([[path.name, sha256_file(path)] for path in paths])
 
 
-def _make(
-    step: Step, folder: Path, models: Models, tokens: list[Path], windows: Path | None, key: str,
-    store: Store, out: Path, seconds: float | None,
-) -> bool:  # fmt: skip
-    """Do a step and put what it made into the store; if the time is over before, into the model folder."""
-    fresh = out / ".made"
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir()
-    try:
-        if isinstance(step, Recover):
-            if not _recover(step, folder, models, tokens, key, store, fresh, seconds):
-                _publish(fresh, out)
+@dataclass(frozen=True)
+class _Run:
+    """What all steps of a run share."""
+
+    models: Models
+    out: Path
+    store: Store
+    seconds: float | None
+
+    def state(self, key: str) -> Path:
+        """Of a training that is not finished."""
+        return self.store.root / "training" / key
+
+    def free(self, key: str) -> bool:
+        """Wait until no other run does this step. False if the time is over before."""
+        began = time.monotonic()
+        if self.store.is_locked(key):
+            say("  another run does this step: waiting for it")
+        while self.store.is_locked(key):
+            if self.seconds is not None and time.monotonic() - began >= self.seconds:
                 return False
-        else:
-            from pipelines.calibrate import load_windows
-            from pipelines.compress import run_step
+            time.sleep(POLL_S)
+        return True
 
-            run_step(step, folder, fresh, None if windows is None else load_windows(windows.parent))
-        with store.writing(key) as kept:
-            for path in fresh.iterdir():
-                shutil.move(path, kept / path.name)
-    finally:
+    def make(self, step: Step, key: str, folder: Path, tokens: list[Path], windows: Path | None) -> bool:
+        """Do a step on the model in `folder` and put what it made into the store; if the time is over before,
+        into the model folder."""
+        fresh = self.out / ".made"
         shutil.rmtree(fresh, ignore_errors=True)
-    return True
+        fresh.mkdir()
+        try:
+            if isinstance(step, Recover):
+                if not self._recovered(step, key, folder, tokens, fresh):
+                    _publish(fresh, self.out)
+                    return False
+            else:
+                from pipelines.calibrate import load_windows
+                from pipelines.compress import run_step
 
+                run_step(step, folder, fresh, None if windows is None else load_windows(windows.parent))
+            with self.store.writing(key) as kept:
+                for path in fresh.iterdir():
+                    shutil.move(path, kept / path.name)
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
+        return True
 
-def _recover(
-    step: Recover, folder: Path, models: Models, tokens: list[Path], key: str, store: Store, fresh: Path,
-    seconds: float | None,
-) -> bool:  # fmt: skip
-    from pipelines.recover.resample import alternatives
-    from pipelines.recover.train import Job, recover
+    def _recovered(self, step: Recover, key: str, folder: Path, tokens: list[Path], out: Path) -> bool:
+        from pipelines.recover.resample import alternatives
+        from pipelines.recover.train import Job, recover
 
-    teacher, teacher_id = models[step.teacher]
-    job = Job(
-        step=step,
-        identity=key,
-        student=folder,
-        teacher=teacher,
-        tokens=tokens,
-        alternatives=alternatives(step, tokens, teacher, teacher_id, store),
-        out=fresh,
-        state=_state(store, key),
-        stop_after=seconds,
-    )
-    return recover(job).used(step.budget) >= 1.0
-
-
-def _state(store: Store, key: str) -> Path:
-    return store.root / "training" / key
-
-
-def _free(store: Store, key: str, seconds: float | None) -> bool:
-    """Wait until no other run does this step. False if the time is over before."""
-    began = time.monotonic()
-    if store.is_locked(key):
-        say("  another run does this step: waiting for it")
-    while store.is_locked(key):
-        if seconds is not None and time.monotonic() - began >= seconds:
-            return False
-        time.sleep(POLL_S)
-    return True
+        teacher, teacher_id = self.models[step.teacher]
+        others = alternatives(step, tokens, teacher, teacher_id, self.store)
+        job = Job(step=step, identity=key, student=folder, teacher=teacher, tokens=tokens,
+                  alternatives=others, out=out, state=self.state(key), stop_after=self.seconds)  # fmt: skip
+        return recover(job).used(step.budget) >= 1.0
 
 
 def _calibrated(setting: Calibration, model: Path, model_id: str, store: Store) -> Path:
@@ -153,7 +146,7 @@ def _calibrated(setting: Calibration, model: Path, model_id: str, store: Store) 
     return store.path(key) / calibrate.FILE
 
 
-class _Run:
+class _Claim:
     """What `out` holds: so that two runs are never mixed in it, nor one begun anew unnoticed."""
 
     def __init__(self, out: Path, identity: str, resume: bool) -> None:

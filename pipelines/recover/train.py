@@ -41,7 +41,7 @@ from zoo.errors import NumericsError, UsageError
 from zoo.progress import QUIET_INTERVAL_S, say
 
 LOG_STEPS = 10  # between two points of the curve
-DECAY_STEPS = 10  # between two decays of what masks do not keep: it is many small tensors' work
+DECAY_STEPS = 10  # between two decays of what masks do not keep: of every matrix, by small operations
 SAVE_SECONDS = 180.0  # between two states on disk
 
 
@@ -229,9 +229,7 @@ class _Loop:
             batches = self._batches(self.progress.step)
             norms = self.pruner.input_norms(self.model, self.student, batches, self.accelerator)
         masks = self.pruner.update(self.model, self.masks, fraction, norms)
-        if self._regrows(
-            done
-        ):  # of these gradients only those of the next kept weights are to be learned from
+        if self._regrows(done):  # and only what is kept next is to learn from these gradients
             for name, mask in masks.items():
                 apply_mask(self._weight(name).grad, sharded_like(mask, self._weight(name)))
         self.progress.pruned = fraction >= 1.0
@@ -264,16 +262,17 @@ class _Loop:
         self.accelerator.clip_grad_norm_(self.student.parameters(), self.step.optimizer.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        prune, learning = self.step.prune, self._learning()
-        if (
-            learning
-            and prune is not None
-            and prune.decay is not None
-            and self.progress.step % DECAY_STEPS == 0
-        ):
-            loss = DECAY_STEPS * rate * prune.decay * min(done / prune.until, 1.0)
-            for name in learning:
-                shrink(self._weight(name), self.shards[name], max(1 - loss, 0.0))
+        if self.progress.step % DECAY_STEPS == 0:
+            self._decay(rate, done)
+
+    def _decay(self, rate: float, done: float) -> None:
+        """Shrink what goes on learning behind its mask, by the share of DECAY_STEPS steps."""
+        prune = self.step.prune
+        if prune is None or prune.decay is None:
+            return
+        loss = DECAY_STEPS * rate * prune.decay * min(done / prune.until, 1.0)
+        for name in self._learning():
+            shrink(self._weight(name), self.shards[name], max(1 - loss, 0.0))
 
     def _zero_weights(self, names: Iterable[str]) -> None:
         """Set to zero what the masks do not keep; the layers compute so anyway."""
