@@ -55,6 +55,7 @@ def zoo(*arguments: str | Path, before: str = "") -> subprocess.CompletedProcess
 # pattern -> kept of 16, bits per weight: by hand, 16 bits of scale per 64 columns included
 PATTERNS = {
     "dense": (16, 4.25),
+    "dense/6": (16, 6.25),
     "dense/8": (16, 8.25),
     "dense@32": (16, 4.5),
     "8:16": (8, 4.25),

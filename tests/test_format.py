@@ -52,6 +52,12 @@ def stored(layout: Layout, parts: Parts) -> Iterator[tuple[int, int, int]]:
         if layout.kind == "dense":
             for row, column in product(range(16), range(32)):
                 quad = column // 4
+                if bits == 6:  # three quads below, the fourth above them, two bits in each
+                    first = ((block * pairs + pair) * 6 + quad // 4 * 3) * 64 + row * 4 + column % 4
+                    three = [values[first + 64 * i] for i in range(3)]
+                    low = [byte % 64 for byte in three] + [sum(b // 64 * 4**i for i, b in enumerate(three))]
+                    yield block * 16 + row, pair * 32 + column, low[quad % 4] - 32
+                    continue
                 vector = (block * pairs + pair) * bits + (quad if bits == 8 else quad // 2)
                 byte = values[vector * 64 + row * 4 + column % 4]
                 if bits == 8:

@@ -88,4 +88,4 @@ def test_matrices_of_the_check_are_packed_as_the_format_says(program: Path, tmp_
             if layout.kind in ("dense", "mask"):  # the others may choose among slots
                 np.testing.assert_array_equal(again["values"], parts["values"])
             seen.add((layout.kind, bits, keep, offset_bits, layout.zeros))
-    assert len(seen) == 5 + 5 * 3 + 5 * 2  # dense and mask, banded, planes
+    assert len(seen) == 6 + 5 * 3 + 5 * 2  # dense and mask, banded, planes

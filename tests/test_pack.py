@@ -265,6 +265,7 @@ def test_what_can_be_chosen(tmp_path: Path) -> None:
     assert packed(layout="dense")["layers.0.q"] == ("dense", 8, 32, None, None)
     assert packed(bits=4, window=16)["layers.0.q"] == ("banded", 4, 32, 8, 16)
     assert packed(head_bits=4)["embed"] == ("dense", 4, 32, None, None)
+    assert packed(head_bits=6)["embed"] == ("dense", 6, 32, None, None)
     with pytest.raises(PatternError, match="banded"):
         packed(layout="banded")  # 8 bits and 3 for the offset are no layout
 

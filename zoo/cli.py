@@ -604,7 +604,7 @@ def pack(
     bits: Annotated[int, typer.Option(help="Of weights that lie on no grid: 4, 5, 6 or 8.")] = 8,
     group: Annotated[int, typer.Option(help="Columns per scale of those: 32, 64, 128, or 0 for rows.")] = 32,
     head_bits: Annotated[
-        int | None, typer.Option(help="Of embeddings and head, 4 or 8. Default: their own grid, or 8.")
+        int | None, typer.Option(help="Of embeddings and head, 4, 6 or 8. Default: their own grid, or 8.")
     ] = None,
     layout: Annotated[str, typer.Option(help="auto, dense, banded, planes or mask.")] = "auto",
     window: Annotated[
@@ -618,7 +618,7 @@ def pack(
     settings = Settings(
         _number_of("--bits", bits, (4, 5, 6, 8)),
         _number_of("--group", group, (0, 32, 64, 128)),
-        None if head_bits is None else _number_of("--head-bits", head_bits, (4, 8)),
+        None if head_bits is None else _number_of("--head-bits", head_bits, (4, 6, 8)),
         _one_of("--layout", layout, "auto dense banded planes mask"),
         None if window is None else _number_of("--window", window, (4, 8, 16)),
     )

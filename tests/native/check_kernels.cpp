@@ -114,7 +114,7 @@ struct Layout {
 };
 
 static std::vector<Layout> layouts() {
-    std::vector<Layout> all = {{Kind::dense, 4}, {Kind::dense, 8}, {Kind::dense, 4, 0, 0, true}};
+    std::vector<Layout> all = {{Kind::dense, 4}, {Kind::dense, 6}, {Kind::dense, 8}, {Kind::dense, 4, 0, 0, true}};
     all.insert(all.end(), {{Kind::mask, 4}, {Kind::mask, 8}});
     for (int keep : {4, 6, 8, 10, 12}) {
         for (int offset_bits : {2, 3, 4}) all.push_back({Kind::banded, 8 - offset_bits, keep, offset_bits});
@@ -213,6 +213,14 @@ class Packed {
         base[quad * bits / 8 * 64 + row % ROWS * LANE + i] |= uint8_t(value << quad % (8 / bits) * bits);
     }
 
+    // Three of four quads have vectors of their own, above whose 6 bits the fourth lies, two bits in each.
+    static void put_six(uint8_t *base, int quad, int row, int i, int value) {
+        uint8_t *three = base + quad / 4 * 192 + row % ROWS * LANE + i;
+        if (quad % 4 < 3) three[quad % 4 * 64] |= uint8_t(value);
+        else
+            for (int j = 0; j < 3; ++j) three[j * 64] |= uint8_t((value >> 2 * j & 3) << 6);
+    }
+
     void pack_dense() {
         const size_t each = size_t(m.pairs) * 64 * layout.bits;
         values_ = std::make_unique<Room>(m.row_blocks * each);
@@ -220,8 +228,14 @@ class Packed {
             for (int column = 0; column < padded_columns; ++column) {
                 const bool real = row < layout.rows && column < layout.columns;
                 const int w = at(row, column) = int16_t(real ? any_weight(row) : 0);
+                uint8_t *base = values_->data() + row / ROWS * each;
+                const int quad = column / LANE;
+                if (layout.bits == 6) {
+                    put_six(base, quad, row, column % LANE, w + 32);
+                    continue;
+                }
                 const int stored = layout.bits == 8 ? w & 255 : layout.minima ? w : w + 8;
-                put(values_->data() + row / ROWS * each, layout.bits, column / LANE, row, column % LANE, stored);
+                put(base, layout.bits, quad, row, column % LANE, stored);
             }
     }
 

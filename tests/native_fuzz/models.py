@@ -18,6 +18,7 @@ def _every_layout() -> dict[str, Fields]:
     found: dict[str, Fields] = {
         "dense 4": {"kind": "dense", "bits": 4},
         "dense 4 with zeros": {"kind": "dense", "bits": 4, "zeros": True},
+        "dense 6": {"kind": "dense", "bits": 6},
         "dense 8": {"kind": "dense", "bits": 8},
         "mask 4": {"kind": "mask", "bits": 4},
         "mask 8": {"kind": "mask", "bits": 8},

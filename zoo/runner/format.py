@@ -5,7 +5,8 @@ in *pairs* of 32 (two blocks of 16 columns); both are padded with zero weights. 
 64-byte vector holds 16 rows x 4 bytes, so that each 32-bit lane belongs to one row on any instruction
 set. `Layout.kind` says which four weights of a row share a lane:
 
-    dense     four neighbouring columns; 4-bit weights put columns 4 further in the high nibbles
+    dense     four neighbouring columns; 4-bit weights put columns 4 further in the high nibbles, and of four
+              vectors of 6-bit weights the last lies in the two highest bits of the others
     banded    four kept weights in column order, one byte each: weight and offset into a window of columns
     planes    the same, offsets and weights in vectors of their own (fewer bytes, or 8-bit weights)
     mask      four neighbouring columns, of which a bit mask says which are stored (unstructured)
@@ -32,6 +33,7 @@ PAIR = 32  # columns of one step of a kernel; activations are quantized in these
 ROWS = 16  # rows interleaved in one vector
 LANE = 4  # weights of one row in a vector
 KEEPS = (4, 6, 8, 10, 12)
+SIXES = np.array([0, 2, 4], np.uint8).reshape(3, 1, 1)  # where two bits of the fourth vector belong
 
 Kind = Literal["dense", "banded", "planes", "mask"]
 Integers = NDArray[np.int16]
@@ -53,7 +55,7 @@ class Layout:
 
     def __post_init__(self) -> None:
         allowed = {
-            "dense": self.bits in (4, 8) and self.keep == self.offset_bits == 0,
+            "dense": self.bits in (4, 6, 8) and self.keep == self.offset_bits == 0,
             "banded": self.bits + self.offset_bits == 8 and self.offset_bits in (2, 3, 4),
             "planes": (self.bits, self.offset_bits) in ((4, 2), (8, 4)),
             "mask": self.bits in (4, 8) and self.keep == self.offset_bits == 0,
@@ -267,13 +269,22 @@ def _pack_dense(layout: Layout, q: Integers) -> Bytes:
         stored: Bytes = _interleave(q.astype(np.int8).view(np.uint8)).ravel()
         return stored
     vectors = _interleave((q + layout.offset).astype(np.uint8))
-    packed: Bytes = (vectors[:, 0::2] | vectors[:, 1::2] << 4).ravel()
-    return packed
+    if layout.bits == 6:
+        fours = vectors.reshape(layout.row_blocks, -1, 4, ROWS, LANE)
+        packed: Bytes = fours[:, :, :3] | (fours[:, :, 3:] >> SIXES & 3) << 6
+    else:
+        packed = vectors[:, 0::2] | vectors[:, 1::2] << 4
+    return packed.ravel()
 
 
 def _unpack_dense(layout: Layout, values: Bytes) -> Integers:
     if layout.bits == 8:
         return _deinterleave(values, layout).view(np.int8).astype(np.int16)
+    if layout.bits == 6:
+        threes = values.reshape(layout.row_blocks, -1, 3, ROWS, LANE)
+        last = np.bitwise_or.reduce(threes >> 6 << SIXES, axis=2, keepdims=True)
+        vectors = np.concatenate([threes & 63, last], axis=2)
+        return _deinterleave(vectors, layout).astype(np.int16) - layout.offset
     packed = values.reshape(layout.row_blocks, -1, ROWS, LANE)
     vectors = np.stack([packed & 15, packed >> 4], axis=2)
     return _deinterleave(vectors, layout).astype(np.int16) - layout.offset

@@ -317,7 +317,9 @@ def _layouts(quantized: Quantized, settings: Settings) -> list[Layout]:
     found = [layout("dense", 8), layout("mask", 8)]
     if fours:
         found += [layout("dense", 4), layout("mask", 4)]
-    elif _spans(quantized).max(initial=0) <= 15:
+    if low >= -32 and high <= 31:
+        found.append(layout("dense", 6))
+    if not fours and _spans(quantized).max(initial=0) <= 15:
         found.append(layout("dense", 4, zeros=True))
     fullest = int(_kept(q).max())
     for keep in (keep for keep in KEEPS if keep >= fullest):

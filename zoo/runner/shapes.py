@@ -135,7 +135,7 @@ class Pattern:
 
 _NOTATION = re.compile(
     r"(?:(?P<dense>dense)|(?P<keep>\d+):16|(?P<percent>\d+(?:\.\d+)?)%)"
-    r"(?:/(?P<bits>\d))?(?P<planes>/planes)?(?:@(?P<group>\d+))?(?:/head(?P<head>[48]))?"
+    r"(?:/(?P<bits>\d))?(?P<planes>/planes)?(?:@(?P<group>\d+))?(?:/head(?P<head>[468]))?"
 )
 
 
@@ -151,7 +151,7 @@ def parse_pattern(text: str, bits: int | None = None) -> Pattern:
     if found is None:
         kind, allowed = "dense", ()
     elif found["dense"]:
-        kind, allowed = "dense", (4, 8)
+        kind, allowed = "dense", (4, 6, 8)
     elif found["percent"]:
         kind, allowed = "mask", (8, 4)
     else:
@@ -165,9 +165,9 @@ def parse_pattern(text: str, bits: int | None = None) -> Pattern:
     if misplaced or chosen not in allowed or not keeps or not 0 <= sparsity < 1 or group % PAIR:
         raise UsageError(
             f"there is no pattern {text!r}" + (f" with {bits} bits" if bits else ""),
-            expected="dense/4, dense/8, K:16/4, K:16/5, K:16/6, K:16/4/planes, K:16/8/planes (K "
+            expected="dense/4, dense/6, dense/8, K:16/4, K:16/5, K:16/6, K:16/4/planes, K:16/8/planes (K "
             f"{', '.join(map(str, KEEPS))}), P%/4 or P%/8 (unstructured), "
-            f"@GROUP (a multiple of {PAIR}), /head4 or /head8",
+            f"@GROUP (a multiple of {PAIR}), /head4, /head6 or /head8",
         )
     return Pattern(kind, chosen, group, keep, sparsity, int((found and found["head"]) or 8))
 

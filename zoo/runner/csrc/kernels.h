@@ -36,6 +36,15 @@ struct Matrix {
         return quads * 64 * bits_each / 8;
     }
     int offset() const { return minima ? 0 : 1 << (bits - 1); }
+
+    // A dense weight of quad `quad`, whose byte would be at `v` if the quad were the first.
+    int dense_integer(const uint8_t *v, int quad) const {
+        if (bits == 8) return int8_t(v[size_t(quad) * 64]);
+        if (bits == 4) return (v[size_t(quad / 2) * 64] >> quad % 2 * 4 & 15) - offset();
+        v += size_t(quad / 4) * 192;  // of four vectors of 6 bits the last lies in the two highest bits of the others
+        if (quad % 4 < 3) return (v[quad % 4 * 64] & 63) - offset();
+        return (v[0] >> 6 | v[64] >> 6 << 2 | v[128] >> 6 << 4) - offset();
+    }
 };
 
 // Activations of `tokens` tokens as 8-bit integers, 32 columns to a scale. Where the largest of the 32

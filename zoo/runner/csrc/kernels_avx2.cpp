@@ -81,6 +81,7 @@ static inline I shift_right(I v, int n) { return n ? _mm256_srli_epi16(v, n) : v
 static inline I field(I v, int shift, int bits) {
     return _mm256_and_si256(shift_right(v, shift), _mm256_set1_epi8(char((1 << bits) - 1)));
 }
+static inline I masked(I v, int shift, int mask) { return _mm256_and_si256(shift_right(v, shift), _mm256_set1_epi8(char(mask))); }
 static inline I four(const int8_t *a) {
     int32_t value;
     std::memcpy(&value, a, 4);
@@ -284,6 +285,56 @@ struct Dense4 {
         }
         const I correction = _mm256_set1_epi32(offset * x.sum[e]);
         for (int half = 0; half < 2; ++half) sum[half] = _mm256_sub_epi32(widen(part[half]), correction);
+    }
+};
+
+// Weights without a sign, two quads of which add up in 16 bits.
+struct Dense6 {
+    static constexpr int PAIRS = 1, BYTES = 384;
+    static_assert(2 * 2 * 63 * 127 <= 32767, "sums of two quads fit in 16 bits");
+    struct Weights {
+        I w[QUADS];
+    };
+    const uint8_t *at = nullptr;
+    const int offset;
+
+    explicit Dense6(const Matrix &m) : offset(m.offset()) {}
+    void row_block(const Matrix &m, int block) { at = m.values + size_t(block) * m.bytes_per_row_block(); }
+    void pair() {}
+    void next_chunk() { at += BYTES; }
+    // Quads j .. j + 3, the last of which lies in the two highest bits of the others.
+    void four_quads(int j, int half, I *w) const {
+        const uint8_t *three = at + j / 4 * 192 + half * 32;
+        const I a = held(load(three)), b = held(load(three + 64)), c = held(load(three + 128));
+        w[0] = field(a, 0, 6), w[1] = field(b, 0, 6), w[2] = field(c, 0, 6);
+        w[3] = _mm256_or_si256(_mm256_or_si256(masked(a, 6, 3), masked(b, 4, 12)), masked(c, 2, 48));
+    }
+    static I two(const I *w, I first, I second) {
+        return widen(_mm256_add_epi16(_mm256_maddubs_epi16(w[0], first), _mm256_maddubs_epi16(w[1], second)));
+    }
+    void read(Weights &t, int, int half) const {
+        for (int j = 0; j < QUADS; j += 4) four_quads(j, half, t.w + j);
+    }
+    I dot(const Weights &t, const Activations &x, size_t e) const {
+        const int8_t *a = x.integers.data() + e * PAIR;
+        I sum = _mm256_set1_epi32(-offset * x.sum[e]);
+        for (int j = 0; j < QUADS; j += 2)
+            sum = _mm256_add_epi32(sum, two(t.w + j, four(a + j * LANE), four(a + (j + 1) * LANE)));
+        return sum;
+    }
+    void dots(const Activations &x, size_t e, int, I (&sum)[2]) const {
+        const int8_t *a = x.integers.data() + e * PAIR;
+        sum[0] = sum[1] = _mm256_set1_epi32(-offset * x.sum[e]);
+#pragma GCC unroll 2
+        for (int j = 0; j < QUADS; j += 4) {
+            const I v[4] = {four(a + j * LANE), four(a + (j + 1) * LANE), four(a + (j + 2) * LANE), four(a + (j + 3) * LANE)};
+#pragma GCC unroll 2
+            for (int half = 0; half < 2; ++half) {
+                I w[4];
+                four_quads(j, half, w);
+                sum[half] = _mm256_add_epi32(sum[half], _mm256_add_epi32(two(w, v[0], v[1]), two(w + 2, v[2], v[3])));
+            }
+        }
     }
 };
 
@@ -557,7 +608,9 @@ static void run_kept(const Matrix &m, const Activations &x, int begin, int end, 
 
 static void multiply(const Matrix &m, const Activations &x, int begin, int end, float *out) {
     if (m.kind == Kind::dense)
-        return m.bits == 4 ? run<Dense4>(m, x, begin, end, out) : run<Dense8>(m, x, begin, end, out);
+        return m.bits == 4   ? run<Dense4>(m, x, begin, end, out)
+               : m.bits == 6 ? run<Dense6>(m, x, begin, end, out)
+                             : run<Dense8>(m, x, begin, end, out);
     if (m.kind == Kind::mask)
         return m.bits == 4 ? run<Masked<4>>(m, x, begin, end, out) : run<Masked<8>>(m, x, begin, end, out);
     switch (m.keep) {

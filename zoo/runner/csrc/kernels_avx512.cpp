@@ -63,6 +63,11 @@ static inline I table(const uint8_t *p) { return _mm512_broadcast_i32x4(_mm_load
 static inline I field(I v, int shift, int bits) {
     return _mm512_and_si512(shift ? _mm512_srli_epi16(v, shift) : v, _mm512_set1_epi8(char((1 << bits) - 1)));
 }
+static inline I masked(I v, int shift, int mask) { return _mm512_and_si512(_mm512_srli_epi16(v, shift), _mm512_set1_epi8(char(mask))); }
+// Of four vectors of 6-bit weights, the one that lies in the two highest bits of the others.
+static inline I fourth(I a, I b, I c) {
+    return _mm512_ternarylogic_epi32(masked(a, 6, 3), masked(b, 4, 12), masked(c, 2, 48), 0xfe);  // or
+}
 static inline I flip(I v) { return _mm512_xor_si512(v, _mm512_set1_epi8(char(128))); }
 static inline I four(const int8_t *a) {
     int32_t value;
@@ -215,7 +220,12 @@ struct Dense {
     void row_block(const Matrix &m, int block) { at = m.values + size_t(block) * m.bytes_per_row_block(); }
     void pair(const Matrix &, int, int) {}
     void next_chunk() { at += BYTES; }
-    I quad(int j) const { return BITS == 8 ? flip(load(at + j * 64)) : field(load(at + j / 2 * 64), j % 2 * 4, 4); }
+    I quad(int j) const {
+        if (BITS == 8) return flip(load(at + j * 64));
+        if (BITS == 4) return field(load(at + j / 2 * 64), j % 2 * 4, 4);
+        const uint8_t *three = at + j / 4 * 192;
+        return j % 4 < 3 ? field(load(three + j % 4 * 64), 0, 6) : fourth(load(three), load(three + 64), load(three + 128));
+    }
 };
 
 template <int BITS>
@@ -400,8 +410,9 @@ static void run_kept(const Matrix &m, const Activations &x, int begin, int end, 
 
 static void multiply(const Matrix &m, const Activations &x, int begin, int end, float *out) {
     if (m.kind == Kind::dense)
-        return m.bits == 4 ? run<Unsigned<Dense<4>>>(m, x, begin, end, out)
-                           : run<Unsigned<Dense<8>>>(m, x, begin, end, out);
+        return m.bits == 4   ? run<Unsigned<Dense<4>>>(m, x, begin, end, out)
+               : m.bits == 6 ? run<Unsigned<Dense<6>>>(m, x, begin, end, out)
+                             : run<Unsigned<Dense<8>>>(m, x, begin, end, out);
     if (m.kind == Kind::mask)
         return m.bits == 4 ? run<Unsigned<Masked<4>>>(m, x, begin, end, out)
                            : run<Unsigned<Masked<8>>>(m, x, begin, end, out);

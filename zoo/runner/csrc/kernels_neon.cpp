@@ -177,13 +177,20 @@ template <int BITS>
 struct Dense : Whole {
     const uint8_t *at = nullptr;
 
-    explicit Dense(const Matrix &m) { offset = BITS == 4 ? m.offset() : 0; }
+    explicit Dense(const Matrix &m) { offset = BITS == 8 ? 0 : m.offset(); }
     void row_block(const Matrix &m, int block) { at = m.values + size_t(block) * m.bytes_per_row_block(); }
     void pair(const Matrix &, int, int) {}
     void next_chunk() { at += 64 * BITS; }
     void read(Weights &t, int, int quarter) const {
-        for (int j = 0; j < QUADS; ++j)
-            t.w[j] = as_signed(BITS == 8 ? load(at + j * 64, quarter) : field(load(at + j / 2 * 64, quarter), j % 2 * 4, 4));
+        for (int j = 0; j < QUADS; ++j) t.w[j] = as_signed(quad(j, quarter));
+    }
+    U quad(int j, int quarter) const {
+        if (BITS == 8) return load(at + j * 64, quarter);
+        if (BITS == 4) return field(load(at + j / 2 * 64, quarter), j % 2 * 4, 4);
+        const uint8_t *three = at + j / 4 * 192;  // of four vectors of 6 bits the last lies in the two highest bits of the others
+        if (j % 4 < 3) return field(load(three + j % 4 * 64, quarter), 0, 6);
+        return field(load(three, quarter), 6, 2) | field(load(three + 64, quarter), 6, 2) << vdupq_n_u8(2) |
+               field(load(three + 128, quarter), 6, 2) << vdupq_n_u8(4);
     }
 };
 
@@ -321,7 +328,9 @@ static void run_kept(const Matrix &m, const Activations &x, int begin, int end, 
 
 static void multiply(const Matrix &m, const Activations &x, int begin, int end, float *out) {
     if (m.kind == Kind::dense)
-        return m.bits == 4 ? run<Dense<4>>(m, x, begin, end, out) : run<Dense<8>>(m, x, begin, end, out);
+        return m.bits == 4   ? run<Dense<4>>(m, x, begin, end, out)
+               : m.bits == 6 ? run<Dense<6>>(m, x, begin, end, out)
+                             : run<Dense<8>>(m, x, begin, end, out);
     if (m.kind == Kind::mask)
         return m.bits == 4 ? run<Masked<4>>(m, x, begin, end, out) : run<Masked<8>>(m, x, begin, end, out);
     switch (m.keep) {

@@ -50,9 +50,7 @@ static void expand(const Matrix &m, int row_block, int p, const uint8_t *&stream
         for (int quad = 0; quad < QUADS; ++quad)
             for (int row = 0; row < ROWS; ++row)
                 for (int i = 0; i < LANE; ++i) {
-                    const uint8_t byte = v[(m.bits == 8 ? quad : quad / 2) * 64 + row * LANE + i];
-                    const int value = m.bits == 8 ? int8_t(byte) : (byte >> quad % 2 * 4 & 15) - offset;
-                    w[quad * LANE + i][row] = int8_t(value);
+                    w[quad * LANE + i][row] = int8_t(m.dense_integer(v + row * LANE + i, quad));
                 }
         return;
     }

@@ -170,8 +170,7 @@ void Model::embed(int token, float *to) const {
     for (int c = 0; c < m.columns; ++c) {
         const int quad = c / LANE, group = std::min(c / PAIR / m.pairs_per_group, m.groups - 1);
         const size_t at = (size_t(block) * m.groups + group) * ROWS + row;
-        const uint8_t byte = v[size_t(m.bits == 8 ? quad : quad / 2) * 64 + c % LANE];
-        const int q = m.bits == 8 ? int8_t(byte) : (byte >> quad % 2 * 4 & 15) - m.offset();
+        const int q = m.dense_integer(v + c % LANE, quad);
         to[c] = q * half_to_float(m.scales[at]) + (m.minima ? half_to_float(m.minima[at]) : 0.0f);
     }
 }
