@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from pipelines.compress import run_step
 from pipelines.recipe import Prune, Recover
+from pipelines.recover import prune as prune_module
 from pipelines.recover import train as recover_module
 from pipelines.recover.data import tokenized
 from pipelines.recover.launch import launched
@@ -148,8 +149,8 @@ def test_a_budget_in_seconds_is_used_up_and_its_curve_reaches_the_end(
 def test_a_weight_that_left_zero_is_an_error(
     models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(recover_module, "apply_mask", lambda tensor, mask: None)
-    monkeypatch.setattr(recover_module, "keep", lambda module, mask, passing: None)
+    monkeypatch.setattr(prune_module, "apply_mask", lambda tensor, mask: None)
+    monkeypatch.setattr(prune_module, "keep", lambda module, mask, passing: None)
     with pytest.raises(NumericsError, match="no longer zero"):
         recover(job(tmp_path, models, budget={"tokens": 128 * 10}))
 
@@ -253,7 +254,7 @@ def test_the_decay_is_that_of_the_recipe(
 ) -> None:
     """Every ten steps 1 - 10 lr d min(t / until, 1), t the fraction of the budget; from `until` on, zero."""
     told: list[float] = []
-    shrink = recover_module.shrink
+    shrink = prune_module.shrink
 
     def heard(tensor: Tensor, mask: Tensor, factor: float) -> None:
         before = tensor.detach().clone()
@@ -262,7 +263,7 @@ def test_the_decay_is_that_of_the_recipe(
         assert torch.equal(tensor[mask], before[mask])
         assert torch.allclose(tensor[~mask], before[~mask] * factor)
 
-    monkeypatch.setattr(recover_module, "shrink", heard)
+    monkeypatch.setattr(prune_module, "shrink", heard)
     prune = {
         "method": "magnitude",
         "pattern": {"keep": 8, "group": 16},
@@ -306,7 +307,7 @@ def test_scales_are_searched_for_what_is_kept(
 @pytest.mark.parametrize(
     ("quantize", "layout"),
     [
-        ({"grid": {"bits": 5, "group": 32}, "embeddings": {"bits": 8, "group": 32}}, ("banded", 5)),
+        ({"grid": {"bits": 5, "group": 32}, "embeddings": {"bits": 6, "group": 32}}, ("banded", 5)),
         ({"grid": {"bits": 8, "group": 64}, "embeddings": {"bits": 8, "group": 32}, "scales": "searched",
           "every": 5}, ("planes", 8)),
         ({"grid": {"bits": 4, "group": 32, "symmetric": False, "zero_point": "integer"},
@@ -341,6 +342,8 @@ def test_the_packed_file_is_the_model_that_was_trained(
     for name, found in packed.layouts.items():
         if layout is not None and name != "embed":
             assert (found.kind, found.bits) == layout
+        if name == "embed":
+            assert found.bits == quantize["embeddings"]["bits"]
         module = modules[name][0]
         with torch.no_grad():
             q, scale, _ = grids[module].integers(trained[0].get_parameter(f"{module}.weight"))

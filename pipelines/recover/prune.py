@@ -1,8 +1,8 @@
-"""Which layers are pruned in training and what their next masks are: the loop's hand on recover_masks."""
+"""Which layers are pruned in training, what their next masks are, and what becomes of what these drop."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -21,7 +21,9 @@ from pipelines.recover.masks import (
     saliency,
     snip_masks,
 )
-from pipelines.recover.shards import whole
+from pipelines.recover.rounding import keep
+from pipelines.recover.shards import apply_mask, sharded_like, shrink, whole
+from pipelines.recover.state import Progress
 from pipelines.recover.student import pruned_layers
 from zoo.errors import NumericsError, PatternError
 
@@ -138,3 +140,107 @@ class Pruner:
                 raise NumericsError(
                     f"{name} did not reach its pattern", saw=str(target), expected=f"at most {most} kept"
                 )
+
+
+class Sparsity:
+    """The masks of a running training: the layers compute with what these keep alone, but what a `prune` with
+    `decay` has dropped goes on learning behind them until they stay."""
+
+    def __init__(
+        self,
+        step: PruneInTraining | None,
+        model: nn.Module,
+        names: list[str],
+        masks: dict[str, Tensor],
+        progress: Progress,
+        accelerator: Any,
+    ) -> None:
+        self.model, self.progress, self.accelerator = model, progress, accelerator
+        self.pruner = Pruner(step, names) if step else None
+        # what the gradients of weights that are not kept are multiplied by, in layers that `prune` prunes and
+        # in others
+        self._passing, self._closed = torch.zeros(2, device=accelerator.device).unbind()
+        self._take(masks)
+
+    @property
+    def learning(self) -> Set[str]:
+        """The layers whose pruned weights go on learning for now."""
+        if self.pruner is None or self.pruner.step.decay is None or self.progress.pruned:
+            return frozenset()
+        return self.pruner.targets.keys() & self.masks.keys()
+
+    @property
+    def needs_gradients_first(self) -> bool:
+        """Whether `snip` is to be called before the first step, with the gradients of all weights."""
+        return self.pruner is not None and self.pruner.step.method == "snip" and not self.progress.pruned
+
+    def begin_step(self, done: float) -> None:
+        self._passing.fill_(bool(self.learning) or self._regrows(done))
+
+    def changes(self, done: float) -> bool:
+        """Whether `update` is to be called at this step, after `done` of the budget."""
+        if self.pruner is None or self.progress.pruned or self.pruner.step.method == "snip":
+            return False
+        return self.progress.step % self.pruner.step.every == 0 or done >= self.pruner.step.until
+
+    def snip(self) -> None:
+        assert self.pruner is not None
+        self.progress.pruned = True
+        self._prune(self.pruner.snip(self.model, self.masks))
+
+    def update(self, done: float, student: nn.Module, batches: Iterable[Tensor]) -> None:
+        """New masks, by weights and gradients as they are, and for wanda by the inputs in `batches`."""
+        assert self.pruner is not None
+        fraction = min(done / self.pruner.step.until, 1.0)
+        # momentum from before a weight was pruned has moved it on, and it may be kept again
+        self._zero(self._shards.keys() - self.learning)
+        norms = None
+        if self.pruner.step.method == "wanda":
+            norms = self.pruner.input_norms(self.model, student, batches, self.accelerator)
+        masks = self.pruner.update(self.model, self.masks, fraction, norms)
+        if self._regrows(done):  # and only what is kept next is to learn from these gradients
+            for name, mask in masks.items():
+                apply_mask(self._weight(name).grad, sharded_like(mask, self._weight(name)))
+        self.progress.pruned = fraction >= 1.0
+        self._prune(masks)
+
+    def decay(self, rate: float, done: float) -> None:
+        """Shrink what goes on learning behind its mask, as in steps whose learning rates add up to `rate`."""
+        if self.pruner is None or self.pruner.step.decay is None:
+            return
+        loss = rate * self.pruner.step.decay * min(done / self.pruner.step.until, 1.0)
+        for name in self.learning:
+            shrink(self._weight(name), self._shards[name], max(1 - loss, 0.0))
+
+    def zero(self) -> None:
+        """Set to zero what the masks do not keep; the layers compute so anyway."""
+        self._zero(self._shards)
+
+    def check(self) -> None:
+        """Raise NumericsError unless every layer that is pruned in training has reached its pattern."""
+        if self.pruner is not None:
+            self.pruner.check(self.model, self.masks)
+
+    def _regrows(self, done: float) -> bool:
+        """Whether this step's update needs the gradients of all weights."""
+        return self.pruner is not None and self.pruner.step.method == "rigl" and self.changes(done)
+
+    def _prune(self, masks: dict[str, Tensor]) -> None:
+        self._take(masks)
+        self._zero(self._shards.keys() - self.learning)
+
+    def _zero(self, names: Iterable[str]) -> None:
+        for name in names:
+            apply_mask(self._weight(name), self._shards[name])
+
+    def _weight(self, name: str) -> nn.Parameter:
+        return self.model.get_parameter(f"{name}.weight")
+
+    def _take(self, masks: dict[str, Tensor]) -> None:
+        """Bring the masks to where the weights are, and to the layers, which compute with what they keep."""
+        self.masks = masks
+        self._shards = {name: sharded_like(mask, self._weight(name)) for name, mask in masks.items()}
+        pruned = self.pruner.targets.keys() if self.pruner is not None else set()
+        for name, mask in masks.items():
+            passing = self._passing if name in pruned else self._closed
+            keep(self.model.get_submodule(name), mask.to(self.accelerator.device), passing)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,8 @@ from pipelines import cluster
 from pipelines.checkpoint import Checkpoint
 from pipelines.recipe import Optimizer, Recover
 from pipelines.recover.data import Blocks, open_tokens
-from pipelines.recover.prune import Pruner, masks_of
-from pipelines.recover.rounding import keep
-from pipelines.recover.shards import apply_mask, sharded_like, shrink, whole
+from pipelines.recover.prune import Sparsity, masks_of
+from pipelines.recover.shards import whole
 from pipelines.recover.state import Progress, newest, read_progress, restore, save
 from pipelines.recover.student import (
     Student,
@@ -93,7 +92,10 @@ def train(job: Job) -> Progress:
         progress.processes = accelerator.num_processes
         loop = _Loop(job, accelerator, student, optimizer, teacher, blocks, masks, progress, checkpoint)
         loop.run()
-        write_model(step, model, Path(job.student), job.out, loop.masks, loop.pruner, progress, accelerator)
+        write_model(
+            step, model, Path(job.student), job.out, loop.sparsity.masks, loop.sparsity.pruner, progress,
+            accelerator,
+        )  # fmt: skip
     return progress
 
 
@@ -115,9 +117,9 @@ class _Loop:
         self.job, self.step = job, job.step
         self.accelerator, self.student, self.optimizer = accelerator, student, optimizer
         self.model: nn.Module = accelerator.unwrap_model(student).model
-        self.teacher, self.blocks, self.masks, self.progress = teacher, blocks, masks, progress
+        self.teacher, self.blocks, self.progress = teacher, blocks, progress
         self.names = linear_names(checkpoint)
-        self.pruner = Pruner(job.step.prune, self.names) if job.step.prune else None
+        self.sparsity = Sparsity(job.step.prune, self.model, self.names, masks, progress, accelerator)
         share, self.micro = shares(self.step, accelerator.num_processes)
         self.accumulated = share // self.micro
         self.step_tokens = self.step.batch * self.step.length
@@ -125,14 +127,10 @@ class _Loop:
         # of the losses since the last point of the curve: in the state, so that a resumed curve is the same
         self.sums = {n: torch.tensor(v, device=accelerator.device) for n, v in progress.sums.items()}
         self.summed = progress.summed
-        # what the gradients of weights that are not kept are multiplied by, in layers that `prune` prunes and
-        # in others
-        self.passing, self.closed = torch.zeros(2, device=accelerator.device).unbind()
 
     def run(self) -> None:
         progress = self.progress
         said = saved = time.monotonic()
-        self._take_masks()
         rate = self._rate(-self.step_tokens / 2)
         while (done := self._done()) < 1.0 and not self.clock.stop:
             self._prepare(done)
@@ -161,12 +159,11 @@ class _Loop:
                 saved = time.monotonic()
         if self._done() >= 1.0 and self.summed:
             self._record(rate)
-        if self.pruner is not None and self._done() >= 1.0:
-            if not progress.pruned:
-                self._update_masks(1.0)
-            self.pruner.check(self.model, self.masks)
+        if self._done() >= 1.0:
+            self._update_masks(1.0)
+            self.sparsity.check()
         self._save()
-        self._zero_weights(self.shards)  # those too that would have gone on learning
+        self.sparsity.zero()  # those too that would have gone on learning
         if self.accelerator.is_main_process:
             say(self._news())
 
@@ -175,17 +172,16 @@ class _Loop:
     def _prepare(self, done: float) -> None:
         """What begins at this step: masks from gradients, rounding, new grids."""
         quantize, progress = self.step.quantize, self.progress
-        self.passing.fill_(bool(self._learning()) or self._regrows(done))
-        if self.pruner is not None and self.pruner.step.method == "snip" and not progress.pruned:
+        self.sparsity.begin_step(done)
+        if self.sparsity.needs_gradients_first:
             self._gradients(progress.step)
-            progress.pruned = True
-            self._prune(self.pruner.snip(self.model, self.masks))
+            self.sparsity.snip()
             self.optimizer.zero_grad()
-        if quantize is None or done < quantize.start or self._learning():
+        if quantize is None or done < quantize.start or self.sparsity.learning:
             return  # scales are not searched for weights that masks are about to drop
         again = quantize.scales == "searched" and progress.step % quantize.every == 0
         if not progress.rounding or again:
-            self._zero_weights(self.shards)
+            self.sparsity.zero()
             for name, rounder in rounders(self.model).items():
                 rounder.fit(whole(self.model.get_parameter(f"{name}.weight")))
         progress.rounding = True
@@ -216,79 +212,18 @@ class _Loop:
         if not self.step.losses.weights or self.teacher is None:
             return None
         one = torch.ones((), device=self.accelerator.device)
-        return {name: (self.teacher.weight(name), self.masks.get(name, one)) for name in self.names}
+        return {name: (self.teacher.weight(name), self.sparsity.masks.get(name, one)) for name in self.names}
 
     def _update_masks(self, done: float) -> None:
-        if not self._updates(done) or self.pruner is None:
-            return
-        fraction = min(done / self.pruner.step.until, 1.0)
-        # momentum from before a weight was pruned has moved it on, and it may be kept again
-        self._zero_weights(self.shards.keys() - self._learning())
-        norms = None
-        if self.pruner.step.method == "wanda":
-            batches = self._batches(self.progress.step)
-            norms = self.pruner.input_norms(self.model, self.student, batches, self.accelerator)
-        masks = self.pruner.update(self.model, self.masks, fraction, norms)
-        if self._regrows(done):  # and only what is kept next is to learn from these gradients
-            for name, mask in masks.items():
-                apply_mask(self._weight(name).grad, sharded_like(mask, self._weight(name)))
-        self.progress.pruned = fraction >= 1.0
-        self._prune(masks)
-
-    def _updates(self, done: float) -> bool:
-        """Whether masks are updated at this step."""
-        prune = self.step.prune
-        if prune is None or self.progress.pruned or prune.method == "snip":
-            return False
-        return self.progress.step % prune.every == 0 or done >= prune.until
-
-    def _regrows(self, done: float) -> bool:
-        """Whether the update needs the gradients of all weights."""
-        prune = self.step.prune
-        return prune is not None and prune.method == "rigl" and self._updates(done)
-
-    def _learning(self) -> Set[str]:
-        """The layers whose pruned weights go on learning for now."""
-        if self.pruner is None or self.pruner.step.decay is None or self.progress.pruned:
-            return frozenset()
-        return self.pruner.targets.keys() & self.masks.keys()
-
-    def _prune(self, masks: dict[str, Tensor]) -> None:
-        self.masks = masks
-        self._take_masks()
-        self._zero_weights(self.shards.keys() - self._learning())
+        if self.sparsity.changes(done):
+            self.sparsity.update(done, self.student, self._batches(self.progress.step))
 
     def _step(self, rate: float, done: float) -> None:
         self.accelerator.clip_grad_norm_(self.student.parameters(), self.step.optimizer.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.progress.step % DECAY_STEPS == 0:
-            self._decay(rate, done)
-
-    def _decay(self, rate: float, done: float) -> None:
-        """Shrink what goes on learning behind its mask, by the share of DECAY_STEPS steps."""
-        prune = self.step.prune
-        if prune is None or prune.decay is None:
-            return
-        loss = DECAY_STEPS * rate * prune.decay * min(done / prune.until, 1.0)
-        for name in self._learning():
-            shrink(self._weight(name), self.shards[name], max(1 - loss, 0.0))
-
-    def _zero_weights(self, names: Iterable[str]) -> None:
-        """Set to zero what the masks do not keep; the layers compute so anyway."""
-        for name in names:
-            apply_mask(self._weight(name), self.shards[name])
-
-    def _weight(self, name: str) -> nn.Parameter:
-        return self.model.get_parameter(f"{name}.weight")
-
-    def _take_masks(self) -> None:
-        """Bring the masks to where the weights are, and to the layers, which compute with what they keep."""
-        self.shards = {name: sharded_like(mask, self._weight(name)) for name, mask in self.masks.items()}
-        pruned = self.pruner.targets.keys() if self.pruner is not None else set()
-        for name, mask in self.masks.items():
-            passing = self.passing if name in pruned else self.closed
-            keep(self.model.get_submodule(name), mask.to(self.accelerator.device), passing)
+            self.sparsity.decay(DECAY_STEPS * rate, done)
 
     # --- bookkeeping --------------------------------------------------------------------------------
 
@@ -331,7 +266,7 @@ class _Loop:
 
     def _save(self) -> None:
         self.progress.sums, self.progress.summed = self._agreed_sums(), self.summed
-        save(self.accelerator, self.job.state, self.progress, self.masks)
+        save(self.accelerator, self.job.state, self.progress, self.sparsity.masks)
 
     def _news(self) -> str:
         progress, done = self.progress, self._done()
