@@ -13,7 +13,9 @@ TEMPERATURE = 1.0
 TOP_K = 50
 
 
-def continued(model: Any, start: torch.Tensor, length: int, what: str) -> torch.Tensor:
+def continued(
+    model: Any, start: torch.Tensor, length: int, what: str, temperature: float = TEMPERATURE
+) -> torch.Tensor:
     """Sampled continuations of `start` (batch, tokens) up to `length` tokens, none ending before that.
 
     Returns (batch, length) int64, on the CPU. Raises NumericsError if the model's logits are not finite.
@@ -31,7 +33,7 @@ def continued(model: Any, start: torch.Tensor, length: int, what: str) -> torch.
             start,
             attention_mask=torch.ones_like(start),
             do_sample=True,
-            temperature=TEMPERATURE,
+            temperature=temperature,
             top_k=TOP_K,
             min_new_tokens=new,
             max_new_tokens=new,

@@ -215,13 +215,15 @@ class Skill(Part):
 
 
 class Written(Part):
-    """Text that a model writes: pieces that begin with some tokens of a text, drawn at random."""
+    """Text that a model writes: pieces that begin with some tokens of a text, from places drawn at random."""
 
-    source: str = Field(description="what pieces begin with: as in `data`, or builtin:seed")
+    source: str = Field(description="what pieces begin with: as in `data`, builtin:seed or builtin:openings")
     column: str = Field("text", description="column of a parquet file or data set")
     model: str | None = Field(None, description="who writes, as in `base`; null: the teacher")
     tokens: int = Field(ge=1, description="to be written")
+    begin: Literal["anywhere", "lines"] = Field("anywhere", description="where in the text a piece begins")
     prompt: int = Field(16, ge=1, description="tokens of the text that a piece begins with")
+    temperature: float = Field(1.0, gt=0, description="of the writing, from the 50 likeliest tokens")
     length: int = Field(256, ge=2, description="tokens of a piece")
     batch: int = Field(256, ge=1, description="pieces written at a time")
     seed: int = Field(0, ge=0)

@@ -17,11 +17,16 @@ from zoo.files import sha256_file, sha256_tree
 
 PROSE = Path(__file__).parent / "tasks" / "prose.txt"
 # Our own, to be measured on, and for models to write on from
-BUILTIN = {"builtin:prose": PROSE, "builtin:seed": Path(__file__).parent / "recover" / "seed.txt"}
+SEEDS = Path(__file__).parent / "recover"
+BUILTIN = {
+    "builtin:prose": PROSE,
+    "builtin:seed": SEEDS / "seed.txt",
+    "builtin:openings": SEEDS / "openings.txt",
+}
 SHARED = "${ZOO_SHARED}"
 FORMS = (
     "a .txt or .parquet file, a folder laid out like a Hub data set, "
-    "hub:org/name[/config][:split][@revision], builtin:prose or builtin:seed"
+    "hub:org/name[/config][:split][@revision], " + ", ".join(BUILTIN)
 )
 PIECE = 1 << 20
 Options = dict[str, Any]

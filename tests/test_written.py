@@ -62,6 +62,28 @@ def test_pieces_begin_with_the_text_and_go_on_as_the_model_would(base: Path, tmp
     assert other.tolist() != ids.tolist()
 
 
+def test_pieces_may_begin_where_lines_do(base: Path, tmp_path: Path) -> None:
+    lines = [
+        "How to mend a net.",
+        "No.",
+        "Ada looked up and said nothing.",
+        "The last line, which ends nothing",
+    ]
+    text = tmp_path / "lines.txt"
+    text.write_text("\n".join(lines))
+    setting = SETTING.model_copy(
+        update={"source": str(text), "begin": "lines", "prompt": 6, "temperature": 1e-4}
+    )
+    ids = np.load(written_tokens(setting, base, "writer", base, Store(tmp_path / "store"))).astype(np.int64)
+    pieces = {tuple(piece) for piece in ids[: 500 // 16 * 16].reshape(-1, 16).tolist()}
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    begun = {
+        tuple(tokenizer(line, add_special_tokens=False)["input_ids"][:6]) for line in lines if line != "No."
+    }
+    assert {piece[:6] for piece in pieces} == begun, "lines shorter than the prompt are left out"
+    assert len(pieces) == len(begun), "at next to no temperature it writes the likeliest, always the same"
+
+
 def test_a_batch_is_written_once_though_the_process_is_killed(base: Path, tmp_path: Path) -> None:
     """After `kill -9` in the third batch, the same command writes what one that was not killed writes."""
     setting = SETTING.model_copy(update={"tokens": 16 * 8 * 5})
@@ -112,8 +134,22 @@ def test_a_text_too_short_to_begin_from_is_told(base: Path, tmp_path: Path) -> N
     short = tmp_path / "short.txt"
     short.write_text("a b")
     setting = SETTING.model_copy(update={"source": str(short), "prompt": 12})
-    with pytest.raises(CalibrationError, match="too short to begin from"):
-        written_tokens(setting, base, "writer", base, Store(tmp_path / "store"))
+    for begin in ("anywhere", "lines"):
+        with pytest.raises(CalibrationError, match="too short to begin from"):
+            setting = setting.model_copy(update={"begin": begin})
+            written_tokens(setting, base, "writer", base, Store(tmp_path / "store"))
+
+
+def test_impossible_settings_of_the_command_are_told_in_a_line(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong = ["written", str(PROSE), "--model", str(base), "--out", str(tmp_path / "w.npy"), "--tokens", "99"]
+    monkeypatch.setattr(sys, "argv", [*wrong, "--begin", "somewhere"])
+    with pytest.raises(SystemExit, match=r"begin.*'anywhere' or 'lines'"):
+        recover_written.main()
+    monkeypatch.setattr(sys, "argv", [*wrong, "--prompt", "255"])
+    with pytest.raises(SystemExit, match="leave room after the `prompt`"):
+        recover_written.main()
 
 
 def test_the_command_lets_another_model_write(

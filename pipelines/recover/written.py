@@ -11,10 +11,12 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from pydantic import ValidationError
 
 from pipelines.continuation import continued
 from pipelines.evaluate import load_model
@@ -57,11 +59,12 @@ def _pieces(setting: Written, writer: Path, prompts: Path, path: Path) -> npt.ND
     """The pieces (count, length), those that `path` has already and then new ones, which it gets."""
     model, tokenizer = load_model(writer, torch.bfloat16 if torch.cuda.is_available() else torch.float32)
     text = open_tokens(prompts, model.get_output_embeddings().weight.shape[0])
-    if len(text) < setting.prompt:
+    places = _places(text, tokenizer, setting)
+    if not len(places):
         raise CalibrationError(
             f"{setting.source} is too short to begin from",
             saw=f"{len(text)} tokens",
-            expected=f"{setting.prompt} at least",
+            expected=f"{setting.prompt} at least" + (", in a line" if setting.begin == "lines" else ""),
         )
     batches = -(-setting.tokens // (setting.length * setting.batch))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -73,17 +76,31 @@ def _pieces(setting: Written, writer: Path, prompts: Path, path: Path) -> npt.ND
         file.seek(0, 2)
         for number in track(range(whole, batches), f"{writer.name} writes {batches} batches to train on"):
             draw = np.random.default_rng([setting.seed, number])
-            starts = draw.integers(len(text) - setting.prompt + 1, size=setting.batch)
+            starts = draw.choice(places, size=setting.batch)
             begun = text[starts[:, None] + np.arange(setting.prompt)].astype(np.int64)
             torch.manual_seed(setting.seed + number)
-            ids = continued(
-                model, torch.from_numpy(begun), setting.length, f"batch {number + 1} of {batches}"
-            )
+            what = f"batch {number + 1} of {batches}"
+            ids = continued(model, torch.from_numpy(begun), setting.length, what, setting.temperature)
             if tokenizer.eos_token_id is not None:
                 ids[:, -1] = tokenizer.eos_token_id
             file.write(ids.numpy().astype(np.uint32).tobytes())
             file.flush()
     return np.fromfile(path, np.uint32).reshape(-1, setting.length)
+
+
+def _places(text: npt.NDArray[Any], tokenizer: Any, setting: Written) -> npt.NDArray[np.int64]:
+    """Where pieces may begin: every place that the `prompt` follows, or those of lines as long as it."""
+    last = len(text) - setting.prompt
+    if setting.begin == "anywhere":
+        return np.arange(last + 1)
+    ids = np.unique(text)
+    ends = [
+        int(one) for one in ids if one == tokenizer.eos_token_id or tokenizer.decode([one]).endswith("\n")
+    ]
+    ended = np.isin(text, ends)
+    starts = np.flatnonzero(np.concatenate([[True], ended[:-1]]))
+    stops = np.append(starts[1:], len(text) + 1) - 1  # without what ends the line
+    return starts[stops - starts >= setting.prompt]
 
 
 def main() -> None:
@@ -96,17 +113,21 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="the .npy file")
     for name, field in Written.model_fields.items():
         if name not in ("source", "model"):
-            kind = str if name == "column" else int
+            kind: Any = field.annotation if field.annotation in (int, float) else str
             needed = field.is_required()
             parser.add_argument(f"--{name}", type=kind, default=None if needed else field.default,
                                 required=needed, help=field.description)  # fmt: skip
     options = vars(parser.parse_args())
     model, out = options.pop("model"), options.pop("out")
     try:
+        setting = Written(**options)
+    except ValidationError as error:
+        sys.exit("zoo: " + "; ".join(" ".join([*map(str, one["loc"]), one["msg"]]) for one in error.errors()))
+    try:
         if not (model / "config.json").is_file():
             raise SourceError(f"{model} is not a model folder", saw="no config.json in it")
         with tempfile.TemporaryDirectory() as scratch, atomic_file(out) as target:
-            made = written_tokens(Written(**options), model, "", model, Store(Path(scratch)))
+            made = written_tokens(setting, model, "", model, Store(Path(scratch)))
             shutil.copyfile(made, target)
     except ZooError as error:
         sys.exit(f"zoo: {error}")
