@@ -16,8 +16,8 @@ from zoo.errors import CalibrationError
 from zoo.files import sha256_file, sha256_tree
 
 PROSE = Path(__file__).parent / "tasks" / "prose.txt"
-# Our own, to be measured on, and for models to write on from
 SEEDS = Path(__file__).parent / "recover"
+# Our own, to be measured on, and for models to write on from
 BUILTIN = {
     "builtin:prose": PROSE,
     "builtin:seed": SEEDS / "seed.txt",
@@ -26,7 +26,7 @@ BUILTIN = {
 SHARED = "${ZOO_SHARED}"
 FORMS = (
     "a .txt or .parquet file, a folder laid out like a Hub data set, "
-    "hub:org/name[/config][:split][@revision], " + ", ".join(BUILTIN)
+    "hub:org/name[/config][:split][@revision], or one of " + ", ".join(BUILTIN)
 )
 PIECE = 1 << 20
 Options = dict[str, Any]

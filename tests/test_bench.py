@@ -119,6 +119,7 @@ def test_other_patterns_are_refused(text: str) -> None:
 def test_bits_are_of_patterns_that_name_none() -> None:
     found = contenders.parse_patterns(["8:16,4:16/5", "6:16"], 4)
     assert list(map(str, found)) == ["8:16/4", "4:16/5", "6:16/4"]
+    assert str(parse_pattern("8:16/head6")) == "8:16/5/head6" and parse_pattern("8:16/head6").head_bits == 6
     with pytest.raises(UsageError, match="no pattern '8:16' with 7 bits"):
         contenders.parse_patterns(["8:16"], 7)
 

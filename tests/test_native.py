@@ -197,8 +197,17 @@ def test_bits_that_pack_would_not_write(tmp_path: Path, isa: str, monkeypatch: p
 
 
 @pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("outer", ["dense 4", "dense 4 with zeros", "dense 6"])
+def test_embeddings_and_head(tmp_path: Path, outer: str, isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "ISA", isa)
+    packed = random_model(tmp_path / "m", LLAMA, LAYOUTS["dense 8"], outer=LAYOUTS[outer])
+    expected = forward(NumpyEngine(packed, context=20), IDS[:9])
+    close(forward(NativeEngine(packed, context=20, threads=1), IDS[:9]), expected)
+
+
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize(
-    "layout", ["dense 4", "banded 8:16, 5 + 3 bits", "planes 6:16, 4 + 2 bits", "mask 4"]
+    "layout", ["dense 4", "dense 6", "banded 8:16, 5 + 3 bits", "planes 6:16, 4 + 2 bits", "mask 4"]
 )
 def test_awkward_sizes(tmp_path: Path, layout: str, isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows and columns that fill no block, heads that fill no vector, one of everything."""

@@ -196,6 +196,8 @@ PLAIN: Change = lambda rng, rows, columns: rng.normal(size=(rows, columns)).asty
     ("change", "expected"),
     [
         (grid(4, 64), ("dense", 4, None, None)),
+        (grid(5, 64), ("dense", 6, None, None)),
+        (grid(6, 32), ("dense", 6, None, None)),
         (grid(8, 0), ("dense", 8, None, None)),
         (grid(4, 64, keep_of, 2, 4), ("planes", 4, 8, 4)),
         (grid(4, 32, keep_in_windows, 8, 4), ("planes", 4, 8, 4)),

@@ -70,7 +70,7 @@ def test_pieces_may_begin_where_lines_do(base: Path, tmp_path: Path) -> None:
         "The last line, which ends nothing",
     ]
     text = tmp_path / "lines.txt"
-    text.write_text("\n".join(lines))
+    text.write_text("\n".join([*lines, "Five."]))
     setting = SETTING.model_copy(
         update={"source": str(text), "begin": "lines", "prompt": 6, "temperature": 1e-4}
     )
@@ -134,10 +134,11 @@ def test_a_text_too_short_to_begin_from_is_told(base: Path, tmp_path: Path) -> N
     short = tmp_path / "short.txt"
     short.write_text("a b")
     setting = SETTING.model_copy(update={"source": str(short), "prompt": 12})
-    for begin in ("anywhere", "lines"):
-        with pytest.raises(CalibrationError, match="too short to begin from"):
-            setting = setting.model_copy(update={"begin": begin})
-            written_tokens(setting, base, "writer", base, Store(tmp_path / "store"))
+    with pytest.raises(CalibrationError, match="too short to begin from"):
+        written_tokens(setting, base, "writer", base, Store(tmp_path / "store"))
+    setting = SETTING.model_copy(update={"prompt": 999, "length": 1100, "begin": "lines"})
+    with pytest.raises(CalibrationError, match="in its longest line"):
+        written_tokens(setting, base, "writer", base, Store(tmp_path / "store"))
 
 
 def test_impossible_settings_of_the_command_are_told_in_a_line(
@@ -145,10 +146,10 @@ def test_impossible_settings_of_the_command_are_told_in_a_line(
 ) -> None:
     wrong = ["written", str(PROSE), "--model", str(base), "--out", str(tmp_path / "w.npy"), "--tokens", "99"]
     monkeypatch.setattr(sys, "argv", [*wrong, "--begin", "somewhere"])
-    with pytest.raises(SystemExit, match=r"begin.*'anywhere' or 'lines'"):
+    with pytest.raises(SystemExit, match=r"begin somewhere: .*'anywhere' or 'lines'"):
         recover_written.main()
     monkeypatch.setattr(sys, "argv", [*wrong, "--prompt", "255"])
-    with pytest.raises(SystemExit, match="leave room after the `prompt`"):
+    with pytest.raises(SystemExit, match=r"^zoo: `length` must leave room after the `prompt`"):
         recover_written.main()
 
 

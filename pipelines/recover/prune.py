@@ -175,6 +175,7 @@ class Sparsity:
         return self.pruner is not None and self.pruner.step.method == "snip" and not self.progress.pruned
 
     def begin_step(self, done: float) -> None:
+        """Let the gradients of weights that are not kept pass at this step, where anything needs them."""
         self._passing.fill_(bool(self.learning) or self._regrows(done))
 
     def changes(self, done: float) -> bool:
@@ -184,12 +185,16 @@ class Sparsity:
         return self.progress.step % self.pruner.step.every == 0 or done >= self.pruner.step.until
 
     def snip(self) -> None:
+        """The masks of before the first step, by the gradients that the parameters hold."""
         assert self.pruner is not None
         self.progress.pruned = True
         self._prune(self.pruner.snip(self.model, self.masks))
 
     def update(self, done: float, student: nn.Module, batches: Iterable[Tensor]) -> None:
-        """New masks, by weights and gradients as they are, and for wanda by the inputs in `batches`."""
+        """New masks, by weights and gradients as they are, and for wanda by the inputs in `batches`.
+
+        Raises PatternError if a pattern does not fit its layer.
+        """
         assert self.pruner is not None
         fraction = min(done / self.pruner.step.until, 1.0)
         # momentum from before a weight was pruned has moved it on, and it may be kept again

@@ -92,10 +92,10 @@ def train(job: Job) -> Progress:
         progress.processes = accelerator.num_processes
         loop = _Loop(job, accelerator, student, optimizer, teacher, blocks, masks, progress, checkpoint)
         loop.run()
+        sparsity = loop.sparsity
         write_model(
-            step, model, Path(job.student), job.out, loop.sparsity.masks, loop.sparsity.pruner, progress,
-            accelerator,
-        )  # fmt: skip
+            step, model, Path(job.student), job.out, sparsity.masks, sparsity.pruner, progress, accelerator
+        )
     return progress
 
 

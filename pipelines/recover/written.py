@@ -60,12 +60,6 @@ def _pieces(setting: Written, writer: Path, prompts: Path, path: Path) -> npt.ND
     model, tokenizer = load_model(writer, torch.bfloat16 if torch.cuda.is_available() else torch.float32)
     text = open_tokens(prompts, model.get_output_embeddings().weight.shape[0])
     places = _places(text, tokenizer, setting)
-    if not len(places):
-        raise CalibrationError(
-            f"{setting.source} is too short to begin from",
-            saw=f"{len(text)} tokens",
-            expected=f"{setting.prompt} at least" + (", in a line" if setting.begin == "lines" else ""),
-        )
     batches = -(-setting.tokens // (setting.length * setting.batch))
     path.parent.mkdir(parents=True, exist_ok=True)
     path.touch()
@@ -88,19 +82,33 @@ def _pieces(setting: Written, writer: Path, prompts: Path, path: Path) -> npt.ND
     return np.fromfile(path, np.uint32).reshape(-1, setting.length)
 
 
-def _places(text: npt.NDArray[Any], tokenizer: Any, setting: Written) -> npt.NDArray[np.int64]:
-    """Where pieces may begin: every place that the `prompt` follows, or those of lines as long as it."""
-    last = len(text) - setting.prompt
+def _places(text: npt.NDArray[Any], tokenizer: Any, setting: Written) -> npt.NDArray[np.int64] | int:
+    """Where pieces may begin: the first places of the text, so many, or those of lines as long as the prompt.
+
+    Raises CalibrationError if the prompt fits nowhere.
+    """
     if setting.begin == "anywhere":
-        return np.arange(last + 1)
-    ids = np.unique(text)
-    ends = [
-        int(one) for one in ids if one == tokenizer.eos_token_id or tokenizer.decode([one]).endswith("\n")
-    ]
-    ended = np.isin(text, ends)
-    starts = np.flatnonzero(np.concatenate([[True], ended[:-1]]))
-    stops = np.append(starts[1:], len(text) + 1) - 1  # without what ends the line
-    return starts[stops - starts >= setting.prompt]
+        longest, places = len(text), len(text) - setting.prompt + 1
+    else:
+        ids = np.unique(text)
+        ends = [one for one in ids if one == tokenizer.eos_token_id or tokenizer.decode([one]).endswith("\n")]
+        stops = np.flatnonzero(np.append(np.isin(text, ends), True))  # at what ends a line
+        starts = np.append(0, stops[:-1] + 1)
+        longest, places = int((stops - starts).max()), starts[stops - starts >= setting.prompt]
+    if longest < setting.prompt:
+        whole = setting.begin == "anywhere"
+        raise CalibrationError(
+            f"{setting.source} is too short to begin from",
+            saw=f"{longest} tokens" + ("" if whole else " in its longest line"),
+            expected=f"the {setting.prompt} of `prompt` at least",
+            try_="a smaller `prompt`" + ("" if whole else ", or `begin: anywhere`"),
+        )
+    return places
+
+
+def _told(error: ValidationError) -> str:
+    found = [(one, one["msg"].removeprefix("Value error, ")) for one in error.errors()]
+    return "; ".join(f"{one['loc'][0]} {one['input']}: {said}" if one["loc"] else said for one, said in found)
 
 
 def main() -> None:
@@ -122,7 +130,7 @@ def main() -> None:
     try:
         setting = Written(**options)
     except ValidationError as error:
-        sys.exit("zoo: " + "; ".join(" ".join([*map(str, one["loc"]), one["msg"]]) for one in error.errors()))
+        sys.exit(f"zoo: {_told(error)}")
     try:
         if not (model / "config.json").is_file():
             raise SourceError(f"{model} is not a model folder", saw="no config.json in it")

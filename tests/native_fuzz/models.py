@@ -98,17 +98,24 @@ def random_integers(rng: np.random.Generator, layout: Layout) -> NDArray[np.int6
 
 
 def random_model(
-    path: Path, architecture: Architecture, fields: Fields, *, group: int = 32, seed: int = 0
+    path: Path,
+    architecture: Architecture,
+    fields: Fields,
+    *,
+    outer: Fields | None = None,
+    group: int = 32,
+    seed: int = 0,
 ) -> Packed:
-    """A model whose inner matrices have a layout of `fields`; embeddings and head are dense and 8 bits."""
+    """A model whose inner matrices have a layout of `fields`; embeddings and head are dense, by default of
+    8 bits."""
     rng = np.random.default_rng(seed)
     layouts = {}
     for name, (rows, columns) in architecture.matrices.items():
-        outer = name in ("embed", "head")
+        ends = name in ("embed", "head")
         layouts[name] = Layout(
             rows=rows,
             columns=columns,
-            **({"kind": "dense", "bits": 8, "group": 32} if outer else fields | {"group": group}),
+            **((outer or LAYOUTS["dense 8"]) | {"group": 32} if ends else fields | {"group": group}),
         )
     with packed_writer(path, architecture, layouts, Text()) as writer:
         for name, layout in layouts.items():

@@ -33,7 +33,7 @@ PAIR = 32  # columns of one step of a kernel; activations are quantized in these
 ROWS = 16  # rows interleaved in one vector
 LANE = 4  # weights of one row in a vector
 KEEPS = (4, 6, 8, 10, 12)
-SIXES = np.array([0, 2, 4], np.uint8).reshape(3, 1, 1)  # where two bits of the fourth vector belong
+SHIFTS = np.array([0, 2, 4], np.uint8).reshape(3, 1, 1)  # where two bits of the fourth vector belong
 
 Kind = Literal["dense", "banded", "planes", "mask"]
 Integers = NDArray[np.int16]
@@ -271,7 +271,7 @@ def _pack_dense(layout: Layout, q: Integers) -> Bytes:
     vectors = _interleave((q + layout.offset).astype(np.uint8))
     if layout.bits == 6:
         fours = vectors.reshape(layout.row_blocks, -1, 4, ROWS, LANE)
-        packed: Bytes = fours[:, :, :3] | (fours[:, :, 3:] >> SIXES & 3) << 6
+        packed: Bytes = fours[:, :, :3] | (fours[:, :, 3:] >> SHIFTS & 3) << 6
     else:
         packed = vectors[:, 0::2] | vectors[:, 1::2] << 4
     return packed.ravel()
@@ -282,7 +282,7 @@ def _unpack_dense(layout: Layout, values: Bytes) -> Integers:
         return _deinterleave(values, layout).view(np.int8).astype(np.int16)
     if layout.bits == 6:
         threes = values.reshape(layout.row_blocks, -1, 3, ROWS, LANE)
-        last = np.bitwise_or.reduce(threes >> 6 << SIXES, axis=2, keepdims=True)
+        last = np.bitwise_or.reduce(threes >> 6 << SHIFTS, axis=2, keepdims=True)
         vectors = np.concatenate([threes & 63, last], axis=2)
         return _deinterleave(vectors, layout).astype(np.int16) - layout.offset
     packed = values.reshape(layout.row_blocks, -1, ROWS, LANE)

@@ -78,10 +78,8 @@ static inline I held(I v) {
 static inline I table(const uint8_t *p) { return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)p)); }
 static inline I nibbles(I v) { return _mm256_and_si256(v, _mm256_set1_epi8(15)); }
 static inline I shift_right(I v, int n) { return n ? _mm256_srli_epi16(v, n) : v; }
-static inline I field(I v, int shift, int bits) {
-    return _mm256_and_si256(shift_right(v, shift), _mm256_set1_epi8(char((1 << bits) - 1)));
-}
 static inline I masked(I v, int shift, int mask) { return _mm256_and_si256(shift_right(v, shift), _mm256_set1_epi8(char(mask))); }
+static inline I field(I v, int shift, int bits) { return masked(v, shift, (1 << bits) - 1); }
 static inline I four(const int8_t *a) {
     int32_t value;
     std::memcpy(&value, a, 4);

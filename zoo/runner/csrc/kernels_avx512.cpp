@@ -60,10 +60,10 @@ using I = __m512i;
 
 static inline I load(const void *p) { return _mm512_loadu_si512(p); }
 static inline I table(const uint8_t *p) { return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)p)); }
-static inline I field(I v, int shift, int bits) {
-    return _mm512_and_si512(shift ? _mm512_srli_epi16(v, shift) : v, _mm512_set1_epi8(char((1 << bits) - 1)));
+static inline I masked(I v, int shift, int mask) {
+    return _mm512_and_si512(shift ? _mm512_srli_epi16(v, shift) : v, _mm512_set1_epi8(char(mask)));
 }
-static inline I masked(I v, int shift, int mask) { return _mm512_and_si512(_mm512_srli_epi16(v, shift), _mm512_set1_epi8(char(mask))); }
+static inline I field(I v, int shift, int bits) { return masked(v, shift, (1 << bits) - 1); }
 // Of four vectors of 6-bit weights, the one that lies in the two highest bits of the others.
 static inline I fourth(I a, I b, I c) {
     return _mm512_ternarylogic_epi32(masked(a, 6, 3), masked(b, 4, 12), masked(c, 2, 48), 0xfe);  // or
