@@ -6,6 +6,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+COMPILED := $(VENV)/.compiled
+RUNNER := CMakeLists.txt $(wildcard zoo/runner/csrc/*)
 CORES := $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 RECIPE := pipelines/recipes/smollm2-135m-8of16-w4.yaml
@@ -32,7 +34,7 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-$(READY): pyproject.toml constraints.txt
+$(COMPILED): pyproject.toml constraints.txt
 	@echo "== Set-up in $(VENV): about 12 minutes the first time (llama.cpp is compiled on $(CORES) cores)"
 	@command -v c++ >/dev/null || { echo "No C++ compiler: apt-get install g++"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
@@ -42,6 +44,11 @@ $(READY): pyproject.toml constraints.txt
 	  --wheel-dir $(VENV)/wheels llama-cpp-python > $(VENV)/llama.log 2>&1 & compiling=$$!; \
 	$(PIP) install --quiet --constraint constraints.txt torch==2.13.0 \
 	  && wait $$compiling || { tail -n 20 $(VENV)/llama.log; exit 1; }
+	@touch $@
+
+# Again whenever the runner's C++ has changed: an editable install does not compile it anew.
+$(READY): $(COMPILED) $(RUNNER)
+	@echo "== This project, its runner compiled"
 	@$(PIP) install --quiet --constraint constraints.txt --find-links $(VENV)/wheels \
 	  --editable '.[pipelines,app,bench,serve,dev]'
 	@touch $@
