@@ -148,7 +148,7 @@ def test_the_demo_leaves_a_checkout_clean(checkout: Path, tmp_path: Path) -> Non
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("ZOO_", "HF_", "MAKE"))}
     environment = kept | QUIET | {"ZOO_STORE": str(tmp_path / "store")}
     done = subprocess.run(
-        ["make", "demo", f"BIN={programs}", f"READY={ready}", f"RECIPE={tiny}"],
+        ["make", "demo", f"BIN={programs}", f"COMPILED={ready}", f"READY={ready}", f"RECIPE={tiny}"],
         cwd=checkout, env=environment, capture_output=True, text=True, timeout=PATIENCE_S, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
