@@ -27,7 +27,7 @@ from zoo.files import Store, atomic_file, sha256_file, sha256_json, told_plainly
 from zoo.progress import say, track
 
 FILE = "tokens.npy"
-CODE_VERSION = 1
+CODE_VERSION = 2
 
 
 def written_tokens(setting: Written, writer: Path, writer_id: str, model: Path, store: Store) -> Path:
