@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import html
 import json
+import math
 import re
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from statistics import fmean
 from typing import Any, NamedTuple
 
+import yaml
 from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -26,6 +28,7 @@ HUB_LICENSES = frozenset(
 FEW_QUESTIONS = 1000  # below this a 95 % interval of an accuracy is wider than 6 points
 SHORT_CONTEXT = 1024
 CURVE_ROWS = 8  # of the table of a training
+TRACE = 0.01  # share of zeros up to which an unpruned model is not said to have any
 _METRIC_NAMES = {
     "accuracy_norm": "accuracy (length-normalised)",
     "kl_divergence": "KL divergence from the base",
@@ -65,8 +68,9 @@ def render(entry: Entry) -> str:
         transformers=_transformers_folder(entry),
         requirements=_requirements(entry),
         limitations=limitations(entry),
-        curve=_few(entry.training),
-        spark=sparkline([point.loss for point in entry.training]),
+        trainings=trainings(entry),
+        few=_few,
+        sparkline=sparkline,
         python=json.dumps,
         metric=lambda m: _METRIC_NAMES.get(m.metric, m.metric.replace("_", " ")),
         verdict=_verdict,
@@ -96,7 +100,7 @@ def metadata(entry: Entry) -> ModelCardData:
 
 def _tags(entry: Entry) -> list[str]:
     tags = ["sparse-zoo", entry.family]
-    if entry.sparsity > 0:
+    if _pruned(entry):
         tags += ["sparse", f"sparsity-{entry.sparsity:.0%}".rstrip("%")]
     for layer in entry.layers:
         tags += (layer.method or "").split("+") if layer.method else []
@@ -234,6 +238,51 @@ def kinds_of_layers(layers: Sequence[Layer]) -> list[Kind]:
     return kinds
 
 
+class Training(NamedTuple):
+    """The curve of one training, whose steps, tokens and seconds count from its own beginning."""
+
+    step: int | None  # of the recipe, from 1; None: the base model was trained so before
+    curve: list[TrainingPoint]
+
+    @property
+    def tokens(self) -> int:
+        return self.curve[-1].tokens
+
+    @property
+    def seconds(self) -> float:
+        return self.curve[-1].seconds
+
+
+def trainings(entry: Entry) -> list[Training]:
+    """The trainings that led to an entry, its base's among them, in their order: its curve has one after the
+    other, and counts anew at the beginning of each. The last are those of the recipe's `recover` steps.
+    """
+    curves: list[list[TrainingPoint]] = []
+    for point in entry.training:
+        if not curves or point.tokens <= curves[-1][-1].tokens:
+            curves.append([])
+        curves[-1].append(point)
+    recovers = [number for number, step in enumerate(_steps(entry), 1) if step.get("kind") == "recover"]
+    numbers = [*[None] * len(curves), *recovers][len(recovers) :]
+    return [Training(number, curve) for number, curve in zip(numbers, curves, strict=True)]
+
+
+def _steps(entry: Entry) -> list[Mapping[str, Any]]:
+    """The steps of the entry's recipe; none if it has no recipe that can be read."""
+    try:
+        recipe = yaml.safe_load(entry.recipe)
+    except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: no such date
+        return []
+    steps = recipe.get("steps") if isinstance(recipe, dict) else None
+    return [step for step in steps if isinstance(step, dict)] if isinstance(steps, list) else []
+
+
+def _pruned(entry: Entry) -> bool:
+    """Whether weights were removed: rounding to few bits makes some zero, too."""
+    of_recipe = any(step.get("kind") == "prune" or step.get("prune") for step in _steps(entry))
+    return entry.sparsity > 0 and (of_recipe or any(layer.pattern for layer in entry.layers))
+
+
 def _few(curve: Sequence[TrainingPoint]) -> list[TrainingPoint]:
     """At most CURVE_ROWS points, evenly, the last among them."""
     rows = min(CURVE_ROWS, len(curve))
@@ -268,7 +317,7 @@ def _group(layer: Layer) -> str:
 def _summary(entry: Entry) -> str:
     """What it is in one sentence; Markdown."""
     done = []
-    if entry.sparsity > 0:
+    if _pruned(entry):
         patterns = _each(_pattern(x) for x in entry.layers if x.pattern)
         done.append(
             f"pruned to {percent(entry.sparsity)} zeros" + (f" ({text(patterns)})" if patterns else "")
@@ -276,10 +325,15 @@ def _summary(entry: Entry) -> str:
     bits = sorted({layer.bits for layer in entry.layers if layer.bits < 16})
     if bits:
         done.append("quantized to " + " and ".join(f"{b:g}" for b in bits) + " bits")
-    if entry.training:
-        done.append(f"trained on {entry.training[-1].tokens / 1e6:.3g} M tokens")
+    tokens = sum(training.tokens for training in trainings(entry) if training.step is not None)
+    if tokens:
+        done.append(f"trained on {tokens / 1e6:.3g} M tokens")
     base = entry.base_repository or (entry.base_model if entry.origin is None else "A model of others")
-    return f"{text(base)}, {' and '.join(done) or 'unchanged'}, for plain CPUs."
+    how = " and ".join(filter(None, [", ".join(done[:-1]), *done[-1:]])) or "unchanged"
+    zeros = ""
+    if bits and not _pruned(entry) and entry.sparsity > TRACE:
+        zeros = f" {percent(entry.sparsity)} of weights are zero after rounding."
+    return f"{text(base)}, {how}, for plain CPUs.{zeros}"
 
 
 def _verdict(pair: Pair) -> str:
@@ -299,9 +353,16 @@ def _passed(entry: Entry, artifact: Artifact) -> bool:
 
 
 def _recommended_gguf(entry: Entry) -> Artifact | None:
-    """The smallest verified GGUF file."""
+    """The verified GGUF file that is nearest to the entry: Q8_0, which llama.cpp runs faster than 16 bits and
+    which loses next to nothing; else that of the lowest perplexity, else the largest.
+    """
     ggufs = [a for a in entry.artifacts if a.kind == "gguf" and _passed(entry, a)]
-    return min(ggufs, key=lambda a: a.size, default=None)
+    perplexities = {one.file.path: one.perplexity.value for one in gguf_files(entry) if one.perplexity}
+
+    def worth(a: Artifact) -> tuple[bool, float, int]:
+        return a.format == "Q8_0", -perplexities.get(a.path, math.inf), a.size
+
+    return max(ggufs, key=worth, default=None)
 
 
 def _transformers_folder(entry: Entry) -> str | None:
@@ -335,7 +396,7 @@ def limitations(entry: Entry) -> list[str]:
     found += _lost_accuracy(entry)
     found += _weak_measurements(entry)
     found += _unverified(entry)
-    if entry.sparsity > 0 and any(a.kind == "gguf" for a in entry.artifacts):
+    if _pruned(entry) and any(a.kind == "gguf" for a in entry.artifacts):
         found.append(
             "GGUF has no sparse types: its files store the zeros, so pruning makes them neither smaller nor "
             "faster in llama.cpp. Bits per weight above are those of the smallest exact encoding."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,9 @@ from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
 from cards import render
-from cards.render import figure, kinds_of_layers, limitations, metadata, size, text
+from cards.render import figure, kinds_of_layers, limitations, metadata, size, text, trainings
 from tests.example import ARC, PERPLEXITY, entry, layers, measured
-from zoo.entry import Entry, Record
+from zoo.entry import Artifact, Entry, Record, TrainingPoint
 
 GOLDEN = Path(__file__).parent / "golden" / "card.md"
 
@@ -148,6 +149,34 @@ def test_only_a_verified_gguf_is_recommended() -> None:
     assert "llama_cpp" not in render(entry(verifications=failed))
 
 
+GGUF = {"F16": 270, "Q8_0": 145, "Q4_K_M": 105, "Q4_0": 92, "Q2_K": 88}  # MB
+
+
+def recommended(*types: str, perplexities: dict[str, float] | None = None) -> str:
+    """The type of the GGUF file that the card of an entry with verified files of these types runs."""
+    files = [
+        Artifact(path=f"m-{t}.gguf", kind="gguf", format=t, size=GGUF[t] * 10**6, sha256="0" * 64)
+        for t in types
+    ]
+    checks = [entry().verifications[0].model_copy(update={"artifact": file.path}) for file in files]
+    figures = [
+        measured("entry", "perplexity", value, 0.1, artifact=f"m-{t}.gguf", **PERPLEXITY)
+        for t, value in (perplexities or {}).items()
+    ]
+    card = render(entry(artifacts=files, verifications=checks, measurements=figures))
+    found = re.search(r"^llama-cli -m m-(.*)\.gguf ", card, re.MULTILINE)
+    assert found is not None
+    return found[1]
+
+
+def test_the_best_gguf_is_recommended() -> None:
+    assert recommended("Q2_K", "F16", "Q4_0", "Q8_0") == "Q8_0"
+    assert recommended("Q2_K", "Q8_0", perplexities={"Q2_K": 25.0, "Q8_0": 25.1}) == "Q8_0"
+    perplexities = {"Q2_K": 40.0, "Q4_0": 29.0, "Q4_K_M": 30.0}
+    assert recommended(*perplexities, perplexities=perplexities) == "Q4_0"
+    assert recommended("Q2_K", "Q4_K_M", "Q4_0") == "Q4_K_M", "the most bits, where none was measured"
+
+
 def test_a_verified_packed_file_has_its_command() -> None:
     packed = entry().artifacts[0].model_copy(update={"path": "packed.safetensors", "kind": "packed"})
     checked = entry().verifications[0].model_copy(update={"artifact": "packed.safetensors", "runner": "zoo"})
@@ -164,6 +193,95 @@ def test_kinds_of_layers_weigh_by_size() -> None:
     assert kinds["self_attn.q_proj"].pattern == "–, 8:16, window 8"
     assert kinds["mlp.down_proj"].layers == 2
     assert kinds["model.embed_tokens"].weights == 49152 * 576
+
+
+# --- what was done to it ---
+
+RECOVERED = """\
+steps:
+- {kind: prune, method: admm, pattern: {keep: 8, group: 16}}
+- {kind: recover, budget: {tokens: 160000000}}
+- {kind: recover, budget: {tokens: 35000000}}
+"""
+
+
+def curve(tokens: int, seconds: float, loss: float, points: int = 4) -> list[TrainingPoint]:
+    """A training whose loss falls to `loss`."""
+    return [
+        TrainingPoint(
+            step=10 * n, tokens=tokens * n // points, seconds=seconds * n / points,
+            loss=loss + points - n, learning_rate=1e-4, terms={"logits": loss},
+        )
+        for n in range(1, points + 1)
+    ]  # fmt: skip
+
+
+def test_trainings_are_told_one_after_the_other() -> None:
+    of_base, first, second = (
+        curve(60_000_000, 233, 3),
+        curve(160_000_000, 664, 2),
+        curve(35_000_000, 153, 1),
+    )
+    one = entry(recipe=RECOVERED, training=of_base + first + second)
+    assert [(t.step, t.curve) for t in trainings(one)] == [(None, of_base), (2, first), (3, second)]
+    card = render(one)
+    assert "8 bits and trained on 195 M tokens" in card
+    assert "Trained on 195,000,000 tokens in 817 s, in 2 trainings" in card
+    told = re.findall(r"^(.*): loss over ([0-9,]+) tokens in (\S+) s: (\S+)$", card, re.MULTILINE)
+    assert told == [
+        ("The base model's own training", "60,000,000", "233", "█▆▃▁"),
+        ("Step 2 of the recipe", "160,000,000", "664", "█▆▃▁"),
+        ("Step 3 of the recipe", "35,000,000", "153", "█▆▃▁"),
+    ]
+    assert card.count("| step | tokens |") == 3
+
+
+def test_one_training_is_told_once() -> None:
+    one = entry(recipe="steps: [{kind: recover}]", training=curve(30_000_000, 119.2, 2))
+    card = render(one)
+    assert "trained on 30 M tokens" in card
+    assert "Step 1 of the recipe: loss over 30,000,000 tokens in 119.2 s" in card
+    assert "trainings" not in card and "## Training" not in render(entry())
+
+
+def test_what_the_base_was_trained_on_is_not_said_of_the_entry() -> None:
+    card = render(entry(training=curve(60_000_000, 233, 3)))  # its recipe only prunes
+    assert "trained on" not in card
+    assert "The base model's own training: loss over 60,000,000 tokens" in card
+
+
+UNPRUNED = [layer.model_copy(update={"pattern": None, "window": None}) for layer in layers(2)]
+
+
+def test_only_what_was_pruned_is_called_pruned() -> None:
+    recipe = "steps: [{kind: recover, prune: null}]"
+    qat = entry("smollm2-w4-qat", recipe=recipe, layers=UNPRUNED, sparsity=0.123)
+    card = render(qat)
+    assert "pruned" not in card.split("## Compression")[0]
+    assert "12.3 % of weights are zero after rounding." in card
+    assert not [tag for tag in metadata(qat).tags or [] if re.match("sparse$|sparsity", tag)]
+    assert "store the zeros" not in "\n".join(limitations(qat))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"recipe": ""},  # a pattern in the layers
+        {"layers": UNPRUNED},  # a step of the recipe
+        {"layers": UNPRUNED, "recipe": "steps: [{kind: recover, prune: {method: wanda}}]"},
+    ],
+)
+def test_pruned_by_pattern_or_recipe(changes: dict[str, Any]) -> None:
+    one = entry(**changes)
+    assert "pruned to 50.0 % zeros" in render(one)
+    assert {"sparse", "sparsity-50"} <= set(metadata(one).tags or [])
+
+
+def test_a_trace_of_zeros_is_not_told() -> None:
+    dense = entry(recipe="steps: []", layers=[], sparsity=0.0003, base_repository="org/name")
+    assert "\norg/name, unchanged, for plain CPUs.\n" in render(dense)
+    rounded = entry(recipe="steps: []", layers=UNPRUNED, sparsity=0.0003)
+    assert "zero after rounding" not in render(rounded)
 
 
 # --- text of an entry is text ---
@@ -252,7 +370,7 @@ def test_shell_commands_are_quoted() -> None:
     assert "llama-cli -m 'a b; rm -rf $HOME.gguf' -p" in render(
         entry(artifacts=artifacts, verifications=checks)
     )
-    assert "pip install 'sparse-zoo[pipelines]'\n" in render(entry(versions={"torch; rm": "1", "x": "1; rm"}))
+    assert "pip install '.[pipelines]'\n" in render(entry(versions={"torch; rm": "1", "x": "1; rm"}))
 
 
 @pytest.mark.parametrize(
