@@ -211,6 +211,6 @@ def _shared() -> Check:
     return Check(
         name="shared data",
         status="missing",
-        found=f"none at {folder}: only tests and developers' recipes want it",
-        mend="set ZOO_SHARED to its folder",
+        found=f"none at {folder}: recipes that need the shared text, and some tests, want it",
+        mend="set ZOO_SHARED to its folder; README.md says under Start what it holds",
     )
