@@ -7,7 +7,6 @@ the training was the recipe's, so what can be seen of it is checked: shapes, zer
 from __future__ import annotations
 
 import shutil
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
@@ -15,9 +14,10 @@ import torch
 from pipelines import keys, sources
 from pipelines.checkpoint import Checkpoint
 from pipelines.grids import Grid
-from pipelines.recipe import Prune, Recipe, Recover, Rounding, SparsityPattern
+from pipelines.recipe import Prune, Recipe, Recover, Rounding, SparsityPattern, override_of
 from pipelines.recover.student import grids_of, linear_names
 from pipelines.recover.write import earlier
+from zoo.entry import Layer
 from zoo.errors import UsageError
 from zoo.files import Store
 from zoo.progress import track
@@ -60,7 +60,7 @@ def _check(recipe: Recipe, step: Recover, model: Checkpoint, base: Checkpoint) -
             expected=", ".join(f"{name} {value:,}" for name, value in budget.model_dump().items() if value),
             try_="python -m pipelines.recover ... --resume",
         )
-    patterns = patterns_of(recipe, linear_names(model))
+    patterns = patterns_of(recipe, model)
     grids, scales = grids_of(step, model), model.grids()
     for name in track(sorted({*patterns, *grids}), f"checking {where.name}"):
         weight = model.tensors([f"{name}.weight"])[f"{name}.weight"].float()
@@ -77,20 +77,31 @@ def _check(recipe: Recipe, step: Recover, model: Checkpoint, base: Checkpoint) -
             )
 
 
-def patterns_of(recipe: Recipe, names: list[str]) -> dict[str, SparsityPattern]:
-    """What the zeros of each layer are like after the recipe's last step that prunes it."""
+def patterns_of(recipe: Recipe, model: Checkpoint) -> dict[str, SparsityPattern]:
+    """What the zeros of each layer are like after the recipe's last step that prunes it: as the recipe says,
+    or, where an allocation decided, as the model's own record does."""
     found: dict[str, SparsityPattern] = {}
+    records = {record.name: record for record in model.compression()}
     for step in recipe.steps:
         prune = step if isinstance(step, Prune) else step.prune if isinstance(step, Recover) else None
         if prune is None:
             continue
-        for name in names:
-            pattern: SparsityPattern | None = prune.pattern
-            for override in prune.overrides:  # the last that matches counts
-                pattern = override.pattern if fnmatchcase(name, override.layers) else pattern
+        for name in linear_names(model):
+            other = override_of(name, prune.overrides)
+            pattern = prune.pattern if other is None else other.pattern
+            allocated = other is None and isinstance(prune, Prune) and prune.allocation != "uniform"
+            if allocated and name in records:
+                pattern = _recorded(records[name])
             if pattern is not None:
                 found[name] = pattern
     return found
+
+
+def _recorded(layer: Layer) -> SparsityPattern:
+    keep, grouped, group = (layer.pattern or "").partition(":")
+    if not grouped:
+        return SparsityPattern(sparsity=layer.sparsity)
+    return SparsityPattern(keep=int(keep), group=int(group))
 
 
 def _on_grid(

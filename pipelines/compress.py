@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal
 
@@ -26,7 +25,7 @@ from pipelines.masks import (
     top_fraction,
     wanda_scores,
 )
-from pipelines.recipe import Prune, Quantize, Rounding, SparsityPattern
+from pipelines.recipe import Prune, Quantize, Rounding, SparsityPattern, override_of
 from pipelines.solve import Curvature, Drift, Gram, admm, gptq, output_error, sparsegpt
 from zoo.entry import Layer
 from zoo.errors import PatternError
@@ -237,22 +236,18 @@ def _pattern(setting: SparsityPattern, sparsity: float | None) -> Pattern:
 def _compressor(step: Prune | Quantize, sparsity: float | None) -> Compress:
     def prune(linear: Linear, target: Tensor, curvature: Curvature | None) -> Compressed | None:
         assert isinstance(step, Prune)
-        setting: SparsityPattern | None = step.pattern
-        own = sparsity
-        for override in step.overrides:  # the last that matches counts
-            if fnmatchcase(linear.name, override.layers):
-                setting, own = override.pattern, None
+        other = override_of(linear.name, step.overrides)
+        setting = step.pattern if other is None else other.pattern
         if setting is None:
             return None
         with _named(linear):
-            return _prune(step, linear, target, _pattern(setting, own), curvature)
+            pattern = _pattern(setting, sparsity if other is None else None)
+            return _prune(step, linear, target, pattern, curvature)
 
     def quantize(linear: Linear, target: Tensor, curvature: Curvature | None) -> Compressed | None:
         assert isinstance(step, Quantize)
-        rounding: Rounding | None = step.grid
-        for override in step.overrides:
-            if fnmatchcase(linear.name, override.layers):
-                rounding = override.grid
+        other = override_of(linear.name, step.overrides)
+        rounding = step.grid if other is None else other.grid
         if rounding is None:
             return None
         with _named(linear):

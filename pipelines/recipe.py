@@ -9,8 +9,9 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Hashable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
@@ -116,6 +117,14 @@ class QuantizeOverride(Part):
 
     layers: str = Field(description="shell pattern of module names, e.g. '*.down_proj'")
     grid: Rounding | None = None
+
+
+Override = TypeVar("Override", PruneOverride, QuantizeOverride)
+
+
+def override_of(layer: str, overrides: Sequence[Override]) -> Override | None:
+    """The one that counts for a layer: the last that matches its name."""
+    return next((one for one in reversed(overrides) if fnmatchcase(layer, one.layers)), None)
 
 
 class JointRounding(Rounding):

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 
@@ -52,6 +51,7 @@ from pipelines.recipe import (
     Rounding,
     Safetensors,
     SparsityPattern,
+    override_of,
 )
 from pipelines.recover.resample import alternatives
 from pipelines.recover.tokens import training_tokens
@@ -238,14 +238,12 @@ def _cuts(
     elif isinstance(step, Quantize):
         grid = {family.embeddings: step.embeddings, family.head: step.head}.get(layer)
         if layer.endswith(family.linears):
-            grid = step.grid
-            for q in step.overrides:
-                grid = q.grid if fnmatchcase(layer, q.layers) else grid
+            other = override_of(layer, step.overrides)
+            grid = step.grid if other is None else other.grid
         yield "quantization", grid
     elif layer.endswith(family.linears):
-        pattern: SparsityPattern | None = step.pattern
-        for p in step.overrides:
-            pattern = p.pattern if fnmatchcase(layer, p.layers) else pattern
+        own = override_of(layer, step.overrides)
+        pattern = step.pattern if own is None else own.pattern
         yield "sparsity pattern", pattern
         yield "quantization", step.quantize if pattern else None
 
@@ -255,16 +253,13 @@ def _cuts_in_training(
 ) -> Iterator[tuple[str, SparsityPattern | Rounding | None]]:
     linear = layer.endswith(family.linears)
     if step.prune is not None and linear:
-        pattern: SparsityPattern | None = step.prune.pattern
-        for p in step.prune.overrides:
-            pattern = p.pattern if fnmatchcase(layer, p.layers) else pattern
-        yield "sparsity pattern", pattern
+        own = override_of(layer, step.prune.overrides)
+        yield "sparsity pattern", step.prune.pattern if own is None else own.pattern
     if step.quantize is not None:
         grid = {family.embeddings: step.quantize.embeddings, family.head: step.quantize.head}.get(layer)
         if linear:
-            grid = step.quantize.grid
-            for q in step.quantize.overrides:
-                grid = q.grid if fnmatchcase(layer, q.layers) else grid
+            other = override_of(layer, step.quantize.overrides)
+            grid = step.quantize.grid if other is None else other.grid
         yield "quantization", grid
 
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from pipelines.adopt import adopt
+from pipelines.checkpoint import Checkpoint
 from pipelines.recipe import load
 from pipelines.recover.__main__ import main
 from pipelines.recover.write import earlier
@@ -130,6 +131,15 @@ def test_changed_weights_and_other_models_are_refused(base: Path, trained: Path,
         adopt(other, trained, store)
     key = adopt(right, trained, store)
     assert adopt(right, trained, store) == key and store.get(key) is not None
+
+
+def test_what_an_allocation_decided_is_adopted(base: Path, tmp_path: Path) -> None:
+    owl = {**PRUNE, "pattern": {"sparsity": 0.5}, "allocation": {"kind": "owl", "threshold": 2.0}}
+    path = recipe(tmp_path, base, steps=[owl, RECOVER])
+    main(["--model", str(base), "--recipe", str(path), "--out", str(tmp_path / "out")])
+    layers = Checkpoint(tmp_path / "out" / "model").compression()
+    assert len({round(layer.sparsity, 2) for layer in layers if layer.pattern}) > 1
+    adopt(load(path), tmp_path / "out", Store(tmp_path / "store"))
 
 
 def test_a_budget_in_seconds_is_used_up_to_the_last(base: Path, tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from pipelines.checkpoint import Checkpoint
 from pipelines.evaluate import load_model
 from pipelines.families import Family
-from pipelines.recipe import Losses, Recover, Rounding
+from pipelines.recipe import Losses, Recover, Rounding, override_of
 from pipelines.recover.losses import IGNORED, ChunkLoss, HeadLoss, chunk_loss, squarehead, weight_error
 from pipelines.recover.rounding import Rounder, add_rounder
 from zoo.errors import FormatError
@@ -173,10 +172,8 @@ def grids_of(step: Recover, checkpoint: Checkpoint) -> dict[str, Rounding]:
     family: Family = checkpoint.family
     found: dict[str, Rounding | None] = {}
     for name in linear_names(checkpoint):
-        found[name] = quantize.grid
-        for override in quantize.overrides:  # the last that matches counts
-            if fnmatchcase(name, override.layers):
-                found[name] = override.grid
+        other = override_of(name, quantize.overrides)
+        found[name] = quantize.grid if other is None else other.grid
     found[family.embeddings] = quantize.embeddings
     if not checkpoint.tied:
         found[family.head] = quantize.head
