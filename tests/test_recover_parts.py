@@ -16,7 +16,7 @@ from pipelines.masks import Grouped, Unstructured
 from pipelines.recipe import PruneInTraining, Recover, Rounding
 from pipelines.recover import losses as recover_losses
 from pipelines.recover import prune as recover_prune
-from pipelines.recover.data import Blocks, open_tokens, write_tokens
+from pipelines.recover.data import Blocks, open_tokens, tokenized, write_tokens
 from pipelines.recover.losses import (
     IGNORED,
     HeadLoss,
@@ -36,14 +36,16 @@ from pipelines.recover.masks import (
     saliency,
     snip_masks,
 )
+from pipelines.recover.masks import fits as mask_fits
 from pipelines.recover.prune import Pruner
 from pipelines.recover.resample import alternatives
 from pipelines.recover.rounding import EffectiveLinear, add_rounder, check_exact, keep
 from pipelines.recover.shards import shrink
 from pipelines.recover.train import schedule, thinned
+from pipelines.text import PROSE
 from tests.tiny import VOCABULARY, tiny_llama
 from zoo.entry import TrainingPoint
-from zoo.errors import CalibrationError, NumericsError, PatternError
+from zoo.errors import CalibrationError, NumericsError, PatternError, SourceError
 from zoo.files import Store
 from zoo.runner.format import Layout, fits
 
@@ -180,6 +182,16 @@ def test_a_layer_that_is_sparser_already_is_left_so() -> None:
     assert pattern_at(step, step.pattern, 0.0, mask) == Grouped(8, 16)
     loose = in_training(method="magnitude", pattern={"sparsity": 0.2})
     assert pattern_at(loose, loose.pattern, 1.0, mask) == Unstructured(0.5)
+
+
+def test_the_zeros_of_a_large_layer_are_counted_exactly() -> None:
+    """Of 59 million weights float32 cannot tell how many are kept."""
+    mask = torch.ones(14336 * 4096, dtype=torch.bool)
+    for sparsity in (0.3, 0.6, 0.7):
+        mask[: round(mask.numel() * sparsity)] = False
+        step = in_training(method="magnitude", pattern={"sparsity": sparsity}, schedule="cubic")
+        whole = mask.view(14336, 4096)
+        assert mask_fits(whole, pattern_at(step, step.pattern, 1.0, whole)), sparsity
 
 
 @pytest.mark.parametrize("pattern", [Unstructured(0.5), Grouped(8, 16), Grouped(8, 16, 8)])
@@ -454,6 +466,19 @@ def test_token_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
             open_tokens(tmp_path / f"{name}.npy", 1000)
     with pytest.raises(CalibrationError, match="too short"):
         Blocks([np.arange(7)], 8, 0)
+
+
+def test_the_first_ids_of_a_file_alone(tmp_path: Path) -> None:
+    np.save(tmp_path / "ids.npy", np.arange(100))
+    store = Store(tmp_path / "store")
+    path = tokenized(str(tmp_path / "ids.npy"), "text", 40, tmp_path, store)
+    assert np.load(path).tolist() == list(range(40))
+    for limit in (None, 100, 200):
+        assert tokenized(str(tmp_path / "ids.npy"), "text", limit, tmp_path, store) == tmp_path / "ids.npy"
+    with pytest.raises(SourceError, match="no file"):
+        tokenized(str(tmp_path / "absent.npy"), "text", None, tmp_path, store)
+    with pytest.raises(SourceError, match="has no tokenizer"):
+        tokenized(str(PROSE), "text", None, tmp_path, store)
 
 
 def test_learning_rate_and_thinned_curve() -> None:

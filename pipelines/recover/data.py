@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pipelines import text
-from zoo.errors import CalibrationError
+from zoo.errors import CalibrationError, SourceError
 from zoo.files import Store, sha256_file, sha256_json
 from zoo.progress import say, track
 
@@ -81,8 +81,19 @@ class Blocks:
 
 def open_tokens(path: Path, vocabulary: int, dimensions: int = 1) -> npt.NDArray[Any]:
     """A file of token ids, mapped. Raises CalibrationError unless it holds integers below `vocabulary`."""
+    ids = _mapped(path, dimensions)
+    if ids.size and (int(ids.max()) >= vocabulary or int(ids.min()) < 0):
+        raise CalibrationError(
+            f"{path} holds token ids of another vocabulary",
+            saw=f"ids from {ids.min()} to {ids.max()}",
+            expected=f"0 to {vocabulary - 1}",
+        )
+    return ids
+
+
+def _mapped(path: Path, dimensions: int) -> npt.NDArray[Any]:
     try:
-        ids = np.load(path, mmap_mode="r", allow_pickle=False)
+        ids: npt.NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:
         raise CalibrationError(f"{path} holds no token ids", saw=str(error).splitlines()[0]) from error
     if ids.ndim != dimensions or ids.dtype.kind not in "iu":
@@ -91,14 +102,7 @@ def open_tokens(path: Path, vocabulary: int, dimensions: int = 1) -> npt.NDArray
             saw=f"{ids.dtype} {ids.shape}",
             expected=f"{dimensions}-D integers",
         )
-    if ids.size and (int(ids.max()) >= vocabulary or int(ids.min()) < 0):
-        raise CalibrationError(
-            f"{path} holds token ids of another vocabulary",
-            saw=f"ids from {ids.min()} to {ids.max()}",
-            expected=f"0 to {vocabulary - 1}",
-        )
-    found: npt.NDArray[Any] = ids
-    return found
+    return ids
 
 
 def tokenized(source: str, column: str, limit: int | None, model: Path, store: Store) -> Path:
@@ -108,9 +112,24 @@ def tokenized(source: str, column: str, limit: int | None, model: Path, store: S
     in .npy is such a file already.
     """
     if source.endswith(".npy"):
-        return text.expand(source)
+        return _first(text.expand(source), limit, store)
     stream = text.stream(source, column=column)
     return store_tokens(stream.documents, [stream.revision, stream.name, column], limit, model, store)
+
+
+def _first(path: Path, limit: int | None, store: Store) -> Path:
+    """A file of the first `limit` token ids of another, or that file if it has no more."""
+    if not path.is_file():
+        raise SourceError(f"no file {path}", expected="token ids in a .npy file")
+    ids = _mapped(path, 1)
+    if limit is None or len(ids) <= limit:
+        return path
+    key = sha256_json({"tokens": CODE_VERSION, "of": sha256_file(path), "limit": limit})
+    with store.locked(key):
+        if store.get(key) is None:
+            with store.writing(key) as out:
+                np.save(out / FILE, ids[:limit])
+    return store.path(key) / FILE
 
 
 def store_tokens(
@@ -118,6 +137,8 @@ def store_tokens(
 ) -> Path:
     """Tokenize documents that `identity` names, with the tokenizer of the folder `model`, once."""
     pieces = [[name, sha256_file(model / name)] for name in PIECES if (model / name).is_file()]
+    if not pieces:
+        raise SourceError(f"{model} has no tokenizer", expected=f"a folder with {PIECES[0]}")
     key = sha256_json({"tokens": CODE_VERSION, "of": identity, "limit": limit, "tokenizer": pieces})
     with store.locked(key):
         if (done := store.get(key)) is None:

@@ -28,7 +28,7 @@ def cubic(fraction: float, final: float) -> float:
 
 def pattern_at(step: PruneInTraining, target: SparsityPattern, fraction: float, mask: Tensor) -> Pattern:
     """The pattern of a layer after `fraction` (0 to 1) of the pruning; never looser than its mask now."""
-    kept = float(mask.float().mean())
+    kept = int(mask.sum()) / mask.numel()  # exactly: float32 cannot tell apart the counts of large layers
     if target.keep is None or target.group is None:
         final = target.sparsity or 0.0
         return Unstructured(max(cubic(fraction, final) if step.schedule == "cubic" else final, 1 - kept))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Set
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from pipelines.checkpoint import Checkpoint
 from pipelines.masks import Grouped, Pattern, check_divides
-from pipelines.recipe import PruneInTraining, SparsityPattern
+from pipelines.recipe import PruneInTraining, SparsityPattern, override_of
 from pipelines.recover.masks import (
     best_together,
     fits,
@@ -45,9 +44,8 @@ class Pruner:
         self.step = step
         self.targets: dict[str, SparsityPattern] = {}
         for name in names:
-            pattern: SparsityPattern | None = step.pattern
-            for override in step.overrides:  # the last that matches counts
-                pattern = override.pattern if fnmatchcase(name, override.layers) else pattern
+            other = override_of(name, step.overrides)
+            pattern = step.pattern if other is None else other.pattern
             if pattern is not None:
                 self.targets[name] = pattern
 
@@ -206,7 +204,10 @@ class Sparsity:
         if self._regrows(done):  # and only what is kept next is to learn from these gradients
             for name, mask in masks.items():
                 apply_mask(self._weight(name).grad, sharded_like(mask, self._weight(name)))
-        self.progress.pruned = fraction >= 1.0
+        step = self.pruner.step
+        # weights at zero stay the smallest: another time would find the same masks
+        settled = step.schedule == "once" and step.decay is None and step.method != "rigl"
+        self.progress.pruned = settled or fraction >= 1.0
         self._prune(masks)
 
     def decay(self, rate: float, done: float) -> None:
