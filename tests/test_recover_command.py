@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -22,8 +23,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipelines.recipe import Skill, load
 from pipelines.recover import skill as recover_skill
+from pipelines.recover import train
 from pipelines.recover.__main__ import main
 from pipelines.recover.skill import skill_tokens
+from pipelines.recover.state import Progress
 from pipelines.text import PROSE
 from tests.process import PATIENCE_S, QUIET, ROOT, Zoo
 from tests.tiny import tiny_llama
@@ -209,6 +212,24 @@ def test_waiting_for_another_run_ends_in_time(
     assert not (tmp_path / "two" / "model").exists()
 
 
+def test_all_trainings_of_a_call_share_its_seconds(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[float] = []
+
+    def trained(job: train.Job) -> Progress:
+        assert job.stop_after is not None
+        given.append(job.stop_after)
+        time.sleep(0.3)
+        return train.train(job)
+
+    monkeypatch.setattr(train, "recover", trained)
+    short = {**RECOVER, "budget": {"tokens": 1280}}
+    made = recipe(tmp_path, steps=[short, {**short, "seed": 1}])
+    main(["--model", str(base), "--recipe", str(made), "--out", str(tmp_path / "o"), "--seconds", "60"])
+    assert len(given) == 2 and given[0] <= 60 and given[1] <= given[0] - 0.3
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -295,7 +316,7 @@ def test_a_teacher_answers_and_no_answer_is_asked_twice(
 
 @pytest.fixture
 def endpoint() -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """A small server of OpenAI's chat completions, and what it was asked."""
+    """A server of OpenAI's chat completions, down when first asked for an owl, and what it was asked."""
     asked: list[dict[str, Any]] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -303,13 +324,14 @@ def endpoint() -> Iterator[tuple[str, list[dict[str, Any]]]]:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             asked.append({"path": self.path, "key": self.headers["Authorization"], **body})
             text = body["messages"][-1]["content"].upper()
+            down = text == "OWL" and sum(one["messages"] == body["messages"] for one in asked) == 1
             message = {"role": "assistant", "content": text}
             choice = {"index": 0, "finish_reason": "stop", "message": message}
             answer = {"id": "1", "object": "chat.completion", "created": 1, "model": body["model"],
                       "choices": [choice],
                       "usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}}  # fmt: skip
             data = json.dumps(answer).encode()
-            self.send_response(200 if body["model"] == "big" else 404)
+            self.send_response(404 if body["model"] != "big" else 400 if down else 200)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
@@ -349,6 +371,20 @@ def test_an_endpoint_answers(
     with pytest.raises(SourceError, match="did not answer") as caught:
         skill_tokens(wrong, base, "", base, Store(tmp_path / "wrong"))
     assert "secret" not in str(caught.value)
+
+
+def test_no_answer_that_came_is_asked_for_again(
+    base: Path, tmp_path: Path, endpoint: tuple[str, list[dict[str, Any]]]
+) -> None:
+    url, asked = endpoint
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("fox\ndog\nowl\ncat\n")
+    skill, store = Skill(prompts=str(prompts), endpoint=url, model="big"), Store(tmp_path / "store")
+    with pytest.raises(SourceError, match="did not answer"):
+        skill_tokens(skill, base, "", base, store)
+    skill_tokens(skill, base, "", base, store)
+    assert [one["messages"][0]["content"] for one in asked] == ["fox", "dog", "owl", "owl", "cat"]
+    assert [one["seed"] for one in asked] == [0, 1, 2, 2, 3]
 
 
 # --- in a recipe ------------------------------------------------------------------------------------
@@ -404,7 +440,7 @@ def test_zoo_run_recovers_and_records_the_curve(base: Path, tmp_path: Path) -> N
     assert {(layer.bits, layer.group, layer.window) for layer in entry.layers} == {(5, 32, 8)}
     assert not any((store / "training").iterdir()), "no state is left of a training that is done"
     card = (store / "entries" / "tiny-recovered" / "README.md").read_text()
-    assert "## Training" in card and "Loss over 3,840 tokens" in card
+    assert "## Training" in card and "loss over 3,840 tokens" in card
     bad = zoo(
         "run", path, "--store", store, "--registry", registry, "--set", "steps.1.data.0.source=absent.txt"
     )

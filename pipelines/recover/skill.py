@@ -1,7 +1,7 @@
 """Skill distillation: a teacher answers a seed set of prompts, and the student trains on what it wrote.
 
-The teacher is a model folder, or any server with OpenAI's chat completions. Every answer is written down as
-it comes, so an interrupted run asks for none twice.
+The teacher is a model folder, or any server with OpenAI's chat completions. Every answer of a server is
+written down as it comes, and every batch of a model's, so an interrupted run asks for none twice.
 """
 
 from __future__ import annotations
@@ -53,14 +53,15 @@ def _prompts(skill: Skill) -> list[str]:
 
 def _written(skill: Skill, prompts: list[str], path: Path, answer: Answers) -> Iterator[tuple[str, str]]:
     """(prompt, answer) of all prompts, those that `path` has already and then new ones, which it gets."""
+    count = 1 if skill.endpoint else skill.batch
     with told_plainly(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
-        done = _complete_lines(path, len(prompts), skill.batch)
+        done = _complete_lines(path, len(prompts), count)
         with path.open("a") as file:
-            batches = range(len(done), len(prompts), skill.batch)
-            for start in track(batches, f"answers to {skill.prompts}, {skill.batch} at a time"):
-                asked = prompts[start : start + skill.batch]
+            batches = range(len(done), len(prompts), count)
+            for start in track(batches, f"answers to {skill.prompts}, {count} at a time"):
+                asked = prompts[start : start + count]
                 for pair in zip(asked, answer(asked, skill.seed + start), strict=True):
                     file.write(canonical_json(pair) + "\n")
                     done.append(pair)

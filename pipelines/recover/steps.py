@@ -34,8 +34,8 @@ def run_steps(
 ) -> bool:
     """Do the steps on `model`; the last one's model, finished or not, is then in `out`/model.
 
-    seconds: of each training; also how long to wait for another run that does the same step. False if they
-    were over before. Raises UsageError for a folder that holds something else, or is not to be resumed.
+    seconds: until a training saves and ends, or waiting for another run that does the same step. False if
+    they were over before. Raises UsageError for a folder that holds something else, or is not to be resumed.
     """
     folder, key = model, fingerprint(model)
     named = {name for step in recipe.steps if isinstance(step, Recover) for name in step.models}
@@ -43,7 +43,7 @@ def run_steps(
     settings += [step.model_dump(mode="json", exclude=HOW) for step in recipe.steps]
     names = sorted((name or "", models[name][1]) for name in named)
     claim = _Claim(out, sha256_json([settings, key, names]), resume)
-    run = _Run(models, out, store, seconds)
+    run = _Run(models, out, store, None if seconds is None else time.monotonic() + seconds)
     windows = None
     if any(step.calibrated for step in recipe.steps):
         windows = _calibrated(recipe.calibration, model, key, store)
@@ -82,7 +82,11 @@ class _Run:
     models: Models
     out: Path
     store: Store
-    seconds: float | None
+    deadline: float | None  # by the monotonic clock
+
+    def left(self) -> float | None:
+        """Seconds until the deadline."""
+        return None if self.deadline is None else max(self.deadline - time.monotonic(), 0.0)
 
     def state(self, key: str) -> Path:
         """Of a training that is not finished."""
@@ -90,11 +94,10 @@ class _Run:
 
     def free(self, key: str) -> bool:
         """Wait until no other run does this step. False if the time is over before."""
-        began = time.monotonic()
         if self.store.is_locked(key):
             say("  another run does this step: waiting for it")
         while self.store.is_locked(key):
-            if self.seconds is not None and time.monotonic() - began >= self.seconds:
+            if self.left() == 0:
                 return False
             time.sleep(POLL_S)
         return True
@@ -129,7 +132,7 @@ class _Run:
         teacher, teacher_id = self.models[step.teacher]
         others = alternatives(step, tokens, teacher, teacher_id, self.store)
         job = Job(step=step, identity=key, student=folder, teacher=teacher, tokens=tokens,
-                  alternatives=others, out=out, state=self.state(key), stop_after=self.seconds)  # fmt: skip
+                  alternatives=others, out=out, state=self.state(key), stop_after=self.left())  # fmt: skip
         return recover(job).used(step.budget) >= 1.0
 
 
