@@ -6,9 +6,13 @@ the writer keeps at most one shard.
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +31,7 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 COMPRESSION = "compression.json"
 GRID = "grid.safetensors"
+FULL_DISK = re.compile(r"No space left|os error 28|PytorchStreamWriter failed writing|unexpected pos")
 
 
 class Checkpoint:
@@ -174,6 +179,17 @@ class _opened:
         del self._file
 
 
+@contextmanager
+def full_disk_as_oserror() -> Iterator[None]:
+    """Turn what safetensors and torch.save raise on a full disk, which is text alone, into an OSError."""
+    try:
+        yield
+    except (SafetensorError, RuntimeError) as error:
+        if not FULL_DISK.search(str(error)):
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+
+
 class CheckpointWriter:
     """Writes a model folder shard by shard. Use `add` for every tensor, then `finish` once."""
 
@@ -193,13 +209,8 @@ class CheckpointWriter:
         self._total += size
 
     def _flush(self) -> None:
-        with told_plainly(self.folder):
-            try:
-                save_file(self._shard, self._part(len(self._shards)), metadata={"format": "pt"})
-            except SafetensorError as error:  # it wraps the system's error in text
-                if "No space left" in str(error) or "os error 28" in str(error):
-                    raise OSError(28, "No space left on device") from error
-                raise
+        with told_plainly(self.folder), full_disk_as_oserror():
+            save_file(self._shard, self._part(len(self._shards)), metadata={"format": "pt"})
         self._shards.append(sorted(self._shard))
         self._shard, self._bytes = {}, 0
 

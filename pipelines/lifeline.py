@@ -22,14 +22,14 @@ import psutil
 ROOT = Path(__file__).parents[1]
 
 
-def start(command: Sequence[str], output: IO[bytes] | None = None) -> subprocess.Popen[bytes]:
-    """Start a command that can import the project. output: where all that it says goes; None: where ours."""
+def start(command: Sequence[str], output: IO[bytes] | int) -> subprocess.Popen[bytes]:
+    """Start a command that can import the project. output: where all that it says goes, or a pipe."""
     inherited = [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
     return subprocess.Popen(
         [sys.executable, "-m", "pipelines.lifeline", *command],
         stdin=subprocess.PIPE,
         stdout=output,
-        stderr=None if output is None else subprocess.STDOUT,
+        stderr=subprocess.STDOUT,
         env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *inherited])},
         start_new_session=True,  # whoever ends our group must not end this before it has ended its own
     )

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from pydantic import TypeAdapter
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -26,14 +27,14 @@ from pipelines.recover import train as recover_module
 from pipelines.recover.data import tokenized
 from pipelines.recover.launch import launched
 from pipelines.recover.rounding import Rounder
-from pipelines.recover.state import newest
+from pipelines.recover.state import newest, read_progress
 from pipelines.recover.student import Student, rounders
 from pipelines.recover.train import Job, recover
 from pipelines.text import PROSE
 from tests.process import PATIENCE_S, QUIET, ROOT
 from tests.tiny import VOCABULARY, tiny_llama, tiny_mpt
 from zoo.entry import TrainingPoint
-from zoo.errors import CalibrationError, FormatError, NumericsError, StoreError, UsageError
+from zoo.errors import CalibrationError, FormatError, NumericsError, PatternError, StoreError, UsageError
 from zoo.files import Store, sha256_json
 from zoo.runner.config import modules_of
 from zoo.runner.format import unpack
@@ -50,6 +51,7 @@ STEP: dict[str, Any] = {
     "batch": 4,
     "micro_batch": 2,
 }
+PRUNE_LATE = {"method": "wanda", "pattern": {"keep": 6, "group": 16}, "until": 0.95, "every": 3, "decay": 1.0}
 IDS = torch.randint(0, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(1))
 
 
@@ -410,6 +412,59 @@ def test_killed_training_goes_on_with_the_same_curve(models: dict[str, Path], tm
     assert [path.name for path in broken.state.iterdir()] == ["step-00000036"], "older states are gone"
 
 
+def test_what_is_not_finite_is_never_a_state(models: dict[str, Path], tmp_path: Path) -> None:
+    """The first step, whose losses and gradients are of finite weights, makes weights that overflow."""
+    changes: dict[str, Any] = {
+        "optimizer": {"learning_rate": 1e30, "warmup": 0.0},
+        "budget": {"tokens": 1280},
+    }
+    task = job(tmp_path, models, stored="float32", **changes)
+    recover(task.model_copy(update={"stop_after": 0.0}))
+    with pytest.raises(NumericsError, match="not finite at step 2"):
+        recover(task.model_copy(update={"stop_after": 0.0}))
+    state = newest(task.state)
+    assert state is not None and state.name == "step-00000001"
+    assert read_progress(state, task.identity).step == 1
+
+
+def test_a_state_is_not_written_twice(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A training that ended before its model was written: killed while it replaces that state, it would
+    have none."""
+    task = job(tmp_path, models, budget={"tokens": 1280}, prune=PRUNE_LATE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recover_module, "write_model", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            recover(task)
+    written: list[str] = []
+    monkeypatch.setattr(recover_module, "save", lambda *a: written.append("state"))
+    recover(task)
+    assert not written and (task.out / "model.safetensors").is_file()
+    whole = job(tmp_path / "whole", models, budget={"tokens": 1280}, prune=PRUNE_LATE)
+    monkeypatch.undo()
+    recover(whole)
+    for name, tensor in linears(whole.out).items():
+        assert torch.equal(tensor, linears(task.out)[name]), name
+
+
+def test_a_full_disk_is_told(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = Path("/dev/full")
+    if not full.is_char_device():
+        pytest.skip("/dev/full is not a device here")
+    task = job(tmp_path, models, budget={"tokens": 1280})
+    recover(task.model_copy(update={"stop_after": 0.0}))
+    left = task.state / ".step-00000007.partial"  # by one that was killed
+    left.mkdir()
+    monkeypatch.setattr(Accelerator, "save_state", lambda *_: torch.save(torch.zeros(1 << 20), full))
+    with pytest.raises(StoreError, match="no space left"):
+        recover(task)
+    state = newest(task.state)
+    assert state is not None and state.name == "step-00000001" and not left.exists()
+
+
 def test_another_trainings_state_is_refused(models: dict[str, Path], tmp_path: Path) -> None:
     task = job(tmp_path, models, budget={"tokens": 128})
     recover(task)
@@ -441,12 +496,36 @@ def test_two_processes_learn_what_one_does(
     assert max(same) < 0.1 and float(np.mean(same)) < 0.02
 
 
+@pytest.mark.real
+def test_an_error_of_several_processes_is_told_as_that_of_one(
+    models: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    prune = {"method": "magnitude", "pattern": {"keep": 4, "group": 100}}
+    with pytest.raises(PatternError, match=r"model\.layers\.0.*100") as alone:
+        recover(job(tmp_path / "one", models, "teacher", prune=prune))
+    capfd.readouterr()
+    with pytest.raises(PatternError) as together:
+        launched(job(tmp_path / "two", models, "teacher", prune=prune), 2)
+    assert str(together.value) == str(alone.value)
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_sharded_weights_are_gathered_as_they_are_exported() -> None:
+    """accelerate would have its plugin gather in the type of autocast."""
+    plugin = recover_module._fsdp("LlamaDecoderLayer")
+    plugin.set_mixed_precision("bf16")
+    policy = plugin.mixed_precision_policy
+    assert {policy.param_dtype, policy.reduce_dtype, policy.output_dtype} == {torch.float32}
+
+
 # --- what is refused --------------------------------------------------------------------------------
 
 
 def test_what_cannot_be_trained_is_told(models: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="cannot be shared by 3 processes"):
         recover_module.shares(step_of(), 3)
+    with pytest.raises(UsageError, match="needs whole matrices"):
+        recover_module.shares(step_of(shard=True, losses={"weights": 1.0}), 2)
     assert recover_module.shares(step_of(batch=12, micro_batch=4), 2) == (6, 3)
     other = tiny_llama(tmp_path / "other", vocab_size=400)
     with pytest.raises(FormatError, match="do not share a vocabulary"):

@@ -13,7 +13,8 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+
+import torch
 
 from pipelines.recipe import Recipe, Recover, TrainingText, load
 from pipelines.recover.steps import Models, fingerprint, run_steps
@@ -28,10 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
     try:
         if options.job is not None:
-            from pipelines.recover.train import Job, recover
+            from pipelines.recover.launch import work
 
-            recover(Job.model_validate_json(options.job.read_text()))
-            return
+            sys.exit(work(options.job))
         finished = _run(options) if options.recipe is not None else True
         if options.evaluate is not None:
             model = None if options.out is None else options.out / "model"
@@ -139,19 +139,12 @@ def _evaluate(folder: Path | None, words: Path) -> None:
         raise UsageError("--evaluate needs --out of a run, or --model")
     from pipelines import evaluate, text
 
-    model, tokenizer = evaluate.load_model(folder, _exact())
+    model, tokenizer = evaluate.load_model(folder, torch.float32)  # on whatever machine
     found = text.read_text(str(words))
     ids = text.windows(text.token_ids(tokenizer, found), WINDOWS, WINDOW)
     (measured,) = evaluate.perplexity(model, ids, text=found, subject="entry")
     assert math.isfinite(measured.value)
     print(json.dumps({"folder": str(folder), **measured.model_dump()}))
-
-
-def _exact() -> Any:
-    """Perplexities are reported in float32, on whatever machine."""
-    import torch
-
-    return torch.float32
 
 
 if __name__ == "__main__":

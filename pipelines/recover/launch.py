@@ -7,24 +7,31 @@ training's state too; on others every call begins anew, as each would have a par
 
 from __future__ import annotations
 
+import gc
+import pickle
 import shutil
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
+import torch
+
 from pipelines import cluster, lifeline
 from pipelines.cluster import Reserved
 from pipelines.recover.state import Progress, newest, read_progress
-from pipelines.recover.train import Job, shares
+from pipelines.recover.train import Job, recover, shares
 from zoo.entry import Record
 from zoo.errors import ZooError
+from zoo.files import atomic_file
 from zoo.progress import say
 
+ERROR = "error.pickle"  # beside a machine's job: why it ended
 POLL_S = 0.1
 PATIENCE_S = 60.0  # until the cluster knows of a lost machine, which the others notice at once
 
@@ -40,6 +47,9 @@ class Group(Record):
 
 def launched(job: Job, processes: int) -> Progress:
     """As `train`, in so many processes of each machine. Raises ZooError; transient if one was lost."""
+    if torch.cuda.is_available():  # what this process took, to write text or to prune, is for the training
+        gc.collect()
+        torch.cuda.empty_cache()
     with cluster.others(Machine) as others, tempfile.TemporaryDirectory(prefix="zoo-recover-") as scratch:
         group = Group(machines=1 + len(others), processes=processes)
         shares(job.step, group.machines * processes)
@@ -48,17 +58,45 @@ def launched(job: Job, processes: int) -> Progress:
             ip, port = _meeting_point()
             group = group.model_copy(update={"ip": ip, "port": port})
             _forget_parts(job, others)
-        own = _start(job, Path(scratch), group, rank=0)
+        own = _start(job, Path(scratch), group, rank=0, log=subprocess.PIPE)
+        words = threading.Thread(target=_pass_on, args=(own.stdout, Path(scratch)))
+        words.start()
         try:
             said = group.model_dump_json()
             asked = [m.train.remote(job.model_dump_json(), said, rank) for rank, m in enumerate(others, 1)]
             code = _watched(own, asked)
         finally:
             lifeline.end(own)
+            words.join()
+        _raise_error(Path(scratch))
     state = newest(job.state)
     if code or state is None:
         raise ZooError(f"training in {group.machines * processes} processes ended with code {code}")
     return read_progress(state, job.identity)
+
+
+def work(description: Path) -> int:
+    """Be one process of a training: its exit code. If it fails, why stands beside the job."""
+    try:
+        recover(Job.model_validate_json(description.read_text()))
+    except ZooError as error:
+        with atomic_file(description.with_name(ERROR)) as out:
+            out.write_bytes(pickle.dumps(error))
+        return 1
+    return 0
+
+
+def _raise_error(scratch: Path) -> None:
+    """Raise what a process of this machine ended with, if one did."""
+    if (scratch / ERROR).is_file():
+        raise pickle.loads((scratch / ERROR).read_bytes())
+
+
+def _pass_on(words: IO[bytes], scratch: Path) -> None:
+    """Say what the processes say, up to an error: the launchers' own tracebacks tell nothing of it."""
+    for line in words:
+        if not (scratch / ERROR).is_file():
+            sys.stderr.write(line.decode(errors="replace"))
 
 
 class Machine:
@@ -73,7 +111,10 @@ class Machine:
         return Path(folder).is_dir()
 
     def train(self, job: str, group: str, rank: int) -> tuple[int, str]:
-        """Be the machine of this rank; returns the exit code, and the last words if it is not 0."""
+        """Be the machine of this rank; returns the exit code, and the last words if it is not 0.
+
+        Raises the ZooError of a process that ended with one.
+        """
         with tempfile.TemporaryDirectory(prefix="zoo-recover-") as scratch:
             folder = Path(scratch)
             said = folder / "log"
@@ -84,6 +125,7 @@ class Machine:
                     code = process.wait()
                 finally:
                     lifeline.end(process)
+            _raise_error(folder)
             lines = said.read_text(errors="replace").strip().splitlines()
             return code, lines[-1][:300] if code and lines else ""
 
@@ -122,9 +164,7 @@ def _forget_parts(job: Job, others: Sequence[Any]) -> None:
         shutil.rmtree(job.state)
 
 
-def _start(
-    job: Job, scratch: Path, group: Group, rank: int, log: IO[bytes] | None = None
-) -> subprocess.Popen[bytes]:
+def _start(job: Job, scratch: Path, group: Group, rank: int, log: IO[bytes] | int) -> subprocess.Popen[bytes]:
     """Start this machine's processes."""
     description = scratch / "job.json"
     description.write_text(job.model_dump_json())

@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from pipelines.checkpoint import full_disk_as_oserror
 from pipelines.recipe import Budget
 from zoo.entry import TrainingPoint
 from zoo.errors import StoreError
@@ -41,13 +42,17 @@ class Progress(BaseModel):
 
 
 def save(accelerator: Any, folder: Path, progress: Progress, masks: dict[str, Tensor]) -> None:
-    """Write model, optimizer, random states (by accelerate), masks and progress; then drop older states."""
+    """Write model, optimizer, random states (by accelerate), masks and progress; then drop older states.
+
+    There must be no state of this step yet: it would be lost if we were killed while replacing it.
+    """
     final = folder / f"step-{progress.step:08d}"
     partial = folder / f".{final.name}.partial"
-    with told_plainly(folder):
+    with told_plainly(folder), full_disk_as_oserror():
         if accelerator.is_main_process:
             folder.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(partial, ignore_errors=True)
+            for left in folder.glob(".step-*.partial"):  # by a process that was killed, or a full disk
+                shutil.rmtree(left, ignore_errors=True)
             partial.mkdir()
         accelerator.wait_for_everyone()
         # it warns that a tied head is stored once, which is meant
@@ -60,13 +65,14 @@ def save(accelerator: Any, folder: Path, progress: Progress, masks: dict[str, Te
         if accelerator.is_main_process:
             for path in (*partial.rglob("*"), partial):
                 fsync(path)
-            shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
             fsync(folder)
             for old in folder.iterdir():
                 if old != final:
                     shutil.rmtree(old, ignore_errors=True)
         accelerator.wait_for_everyone()
+        if accelerator.is_local_main_process:  # of a machine that shares no folder with the first one
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def newest(folder: Path) -> Path | None:

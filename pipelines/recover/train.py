@@ -124,6 +124,9 @@ class _Loop:
         self.accumulated = share // self.micro
         self.step_tokens = self.step.batch * self.step.length
         self.clock = _Clock(accelerator, job.stop_after)
+        self.compiles = True  # the next step does, so that the budget in seconds does not count it
+        self.saved = progress.step if progress.step else None  # the step of the state on disk
+        self.finite = torch.ones((), dtype=torch.bool, device=accelerator.device)  # all gradients
         # of the losses since the last point of the curve: in the state, so that a resumed curve is the same
         self.sums = {n: torch.tensor(v, device=accelerator.device) for n, v in progress.sums.items()}
         self.summed = progress.summed
@@ -133,7 +136,8 @@ class _Loop:
         said = saved = time.monotonic()
         rate = self._rate(-self.step_tokens / 2)
         while (done := self._done()) < 1.0 and not self.clock.stop:
-            self._prepare(done)
+            compiled = self._prepare(done) or self.compiles
+            self.compiles = False
             rate = self._rate(self.step_tokens / 2)
             for group in self.optimizer.param_groups:
                 if isinstance(group["lr"], Tensor):  # torchao's, of which compiled code holds the address
@@ -147,16 +151,18 @@ class _Loop:
             progress.step += 1
             progress.tokens += self.step_tokens
             self.summed += 1
-            progress.seconds += self.clock.tick()
+            wish = time.monotonic() - saved >= SAVE_SECONDS
+            took, due = self.clock.tick(progress.step, wish, counted=not compiled)
+            progress.seconds += took
             if progress.step % LOG_STEPS == 0:
                 self._record(rate)
             now = time.monotonic()
             if now - said >= QUIET_INTERVAL_S and self.accelerator.is_main_process:
                 said = now
                 say(self._news())
-            if self.clock.agree(now - saved >= SAVE_SECONDS):
+            if due:
                 self._save()
-                saved = time.monotonic()
+                saved = self.clock.last = time.monotonic()
         if self._done() >= 1.0 and self.summed:
             self._record(rate)
         if self._done() >= 1.0:
@@ -169,22 +175,26 @@ class _Loop:
 
     # --- one step -----------------------------------------------------------------------------------
 
-    def _prepare(self, done: float) -> None:
-        """What begins at this step: masks from gradients, rounding, new grids."""
+    def _prepare(self, done: float) -> bool:
+        """What begins at this step: masks from gradients, rounding, new grids. Whether layers change their
+        code by that, and compile."""
         quantize, progress = self.step.quantize, self.progress
         self.sparsity.begin_step(done)
-        if self.sparsity.needs_gradients_first:
+        snip = self.sparsity.needs_gradients_first
+        if snip:
             self._gradients(progress.step)
             self.sparsity.snip()
             self.optimizer.zero_grad()
         if quantize is None or done < quantize.start or self.sparsity.learning:
-            return  # scales are not searched for weights that masks are about to drop
+            return snip  # scales are not searched for weights that masks are about to drop
+        first = not progress.rounding
         again = quantize.scales == "searched" and progress.step % quantize.every == 0
-        if not progress.rounding or again:
+        if first or again:
             self.sparsity.zero()
             for name, rounder in rounders(self.model).items():
                 rounder.fit(whole(self.model.get_parameter(f"{name}.weight")))
         progress.rounding = True
+        return snip or first
 
     def _gradients(self, number: int) -> dict[str, Tensor]:
         """Sum the gradients of optimizer step `number` over its micro batches; the terms' means."""
@@ -216,10 +226,13 @@ class _Loop:
 
     def _update_masks(self, done: float) -> None:
         if self.sparsity.changes(done):
+            masked = len(self.sparsity.masks)
             self.sparsity.update(done, self.student, self._batches(self.progress.step))
+            self.compiles = len(self.sparsity.masks) > masked  # layers that had no mask have other code
 
     def _step(self, rate: float, done: float) -> None:
-        self.accelerator.clip_grad_norm_(self.student.parameters(), self.step.optimizer.clip)
+        norm = self.accelerator.clip_grad_norm_(self.student.parameters(), self.step.optimizer.clip)
+        self.finite &= whole(norm).isfinite()
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.progress.step % DECAY_STEPS == 0:
@@ -237,22 +250,26 @@ class _Loop:
         return self.progress.used(self.step.budget, ahead)
 
     def _agreed_sums(self) -> dict[str, float]:
-        """The losses summed since the last point of the curve, as all processes saw them."""
+        """The losses summed since the last point of the curve, as all processes saw them.
+
+        Raises NumericsError if one, or a gradient, was not finite: so that no such state is ever saved.
+        """
         names = sorted(self.sums)
-        if not names:
-            return {}
-        values = self.accelerator.reduce(torch.stack([self.sums[name] for name in names]).double(), "mean")
-        return dict(zip(names, values.tolist(), strict=True))
+        values = torch.stack([self.finite.double(), *(self.sums[name].double() for name in names)])
+        finite, *means = self.accelerator.reduce(values, "mean").tolist()
+        found = dict(zip(names, means, strict=True))
+        if finite < 1 or not all(map(math.isfinite, means)):
+            wrong = [f"{name} {value}" for name, value in found.items() if not math.isfinite(value)]
+            raise NumericsError(
+                f"the training is not finite at step {self.progress.step}",
+                saw=", ".join(wrong) or "a gradient that is NaN or infinite",
+                try_="a smaller `learning_rate`, with which it begins anew",
+            )
+        return found
 
     def _record(self, rate: float) -> None:
         terms = {name: value / self.summed for name, value in self._agreed_sums().items()}
         self.sums, self.summed = {}, 0
-        if not all(map(math.isfinite, terms.values())):
-            raise NumericsError(
-                f"the loss is not finite at step {self.progress.step}",
-                saw=", ".join(f"{name} {value}" for name, value in terms.items()),
-                try_="a smaller learning_rate; the last state on disk is from before",
-            )
         self.progress.curve.append(
             TrainingPoint(
                 step=self.progress.step,
@@ -265,8 +282,11 @@ class _Loop:
         )
 
     def _save(self) -> None:
+        if self.saved == self.progress.step:
+            return
         self.progress.sums, self.progress.summed = self._agreed_sums(), self.summed
         save(self.accelerator, self.job.state, self.progress, self.sparsity.masks)
+        self.saved = self.progress.step
 
     def _news(self) -> str:
         progress, done = self.progress, self._done()
@@ -282,42 +302,44 @@ class _Loop:
 
 
 class _Clock:
-    """Training time, agreed on by all processes. The first step of a call, which compiles, is not counted."""
+    """Training time, agreed on by all processes. Steps that compile, and saving, are not counted."""
 
     def __init__(self, accelerator: Any, stop_after: float | None) -> None:
         self.accelerator = accelerator
         self.began = self.last = time.monotonic()
         self.stop_after = stop_after
         self.stop = False
-        self.steps, self.counted = 0, 0.0
+        self.new = 0  # steps since `last`
+        self.steps, self.seconds = 0, 0.0  # that are counted
 
-    def tick(self) -> float:
-        """Seconds since the last tick; also finds out whether the call's time is over."""
+    def tick(self, step: int, wish: bool, counted: bool) -> tuple[float, bool]:
+        """Seconds since the last tick, 0 if they are not counted, and what the first process wishes; also
+        finds out whether the call's time is over.
+
+        Several processes agree every LOG_STEPS only, as they have to wait for their GPUs to do so.
+        """
+        self.new += 1
+        several = self.accelerator.num_processes > 1
+        if several and counted and step % LOG_STEPS:
+            return 0.0, False
         now = time.monotonic()
         took, self.last = now - self.last, now
         over = self.stop_after is not None and now - self.began >= self.stop_after
-        took, self.stop = self._agreed(took, over)
-        self.steps += 1
-        if self.steps == 1:
-            return 0.0
-        self.counted += took
-        return took
+        if several:
+            from accelerate.utils import broadcast
 
-    def agree(self, wish: bool) -> bool:
-        """What the first process wishes."""
-        return self._agreed(0.0, wish)[1]
-
-    def _agreed(self, seconds: float, flag: bool) -> tuple[float, bool]:
-        if self.accelerator.num_processes == 1:
-            return seconds, flag
-        from accelerate.utils import broadcast
-
-        pair = torch.tensor([seconds, float(flag)], dtype=torch.float64, device=self.accelerator.device)
-        seconds, told = broadcast(pair, from_process=0).tolist()
-        return seconds, bool(told)
+            said = torch.tensor([took, over, wish], dtype=torch.float64, device=self.accelerator.device)
+            took, over, wish = broadcast(said, from_process=0).tolist()
+        self.stop = bool(over)
+        new, self.new = self.new, 0
+        if not counted:
+            return 0.0, bool(wish)
+        self.steps += new
+        self.seconds += took
+        return took, bool(wish)
 
     def rate(self, tokens: int) -> float:
-        return tokens * (self.steps - 1) / self.counted if self.counted else 0.0
+        return tokens * self.steps / self.seconds if self.seconds else 0.0
 
 
 def schedule(done: float, warmup: float) -> float:
@@ -338,27 +360,40 @@ def thinned(curve: list[TrainingPoint], most: int = 200) -> list[TrainingPoint]:
 
 def _accelerator(job: Job) -> Any:
     from accelerate import Accelerator
-    from accelerate.utils import DistributedDataParallelKwargs, FullyShardedDataParallelPlugin
+    from accelerate.utils import DistributedDataParallelKwargs
 
     cuda = torch.cuda.is_available()
-    losses = job.step.losses
-    # scales are unused until weights are rounded, the head if nothing is learned from logits
-    unused = job.step.quantize is not None or not (losses.logits or losses.cross_entropy)
-    plugin = None
-    if job.step.shard and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        if losses.weights:
-            raise UsageError("the loss `weights` needs whole matrices", try_="`shard: false`, or weights: 0")
-        plugin = FullyShardedDataParallelPlugin(
-            fsdp_version=2,
-            auto_wrap_policy="transformer_based_wrap",
-            transformer_cls_names_to_wrap=[_layer_class(job.student)],
-            state_dict_type="SHARDED_STATE_DICT",
-        )
+    losses, quantize = job.step.losses, job.step.quantize
+    # learned scales are unused until weights are rounded, the head if nothing is learned from logits
+    later = quantize is not None and quantize.scales == "learned" and quantize.start > 0
+    unused = later or not (losses.logits or losses.cross_entropy)
+    sharded = job.step.shard and int(os.environ.get("WORLD_SIZE", "1")) > 1
     return Accelerator(
         mixed_precision="bf16" if cuda else "no",
         cpu=not cuda,
-        fsdp_plugin=plugin,
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused)],
+        fsdp_plugin=_fsdp(_layer_class(job.student)) if sharded else None,
+        # every process fits its grids, the only buffers that change, to the same weights
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(find_unused_parameters=unused, broadcast_buffers=False)
+        ],
+    )
+
+
+def _fsdp(layer_class: str) -> Any:
+    from accelerate.utils import FullyShardedDataParallelPlugin
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    exact = torch.float32
+    return FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=[layer_class],
+        state_dict_type="SHARDED_STATE_DICT",
+        # Autocast computes in bfloat16 all the same. accelerate would gather the weights in bfloat16 too, and
+        # masks and grids would not see those that are exported; losses and gradients would lose digits.
+        mixed_precision_policy=MixedPrecisionPolicy(
+            param_dtype=exact, reduce_dtype=exact, output_dtype=exact
+        ),
     )
 
 
@@ -416,6 +451,8 @@ def _optimizer(setting: Optimizer, student: nn.Module) -> torch.optim.Optimizer:
 
 def shares(step: Recover, processes: int) -> tuple[int, int]:
     """Blocks of an optimizer step for each process, and how many of them at once."""
+    if step.shard and step.losses.weights and processes > 1:
+        raise UsageError("the loss `weights` needs whole matrices", try_="`shard: false`, or weights: 0")
     if step.batch % processes:
         raise UsageError(
             f"a batch of {step.batch} blocks cannot be shared by {processes} processes",
