@@ -19,6 +19,7 @@ from app.parts import (
 from app.text import escape
 from cards.render import figure, percent, size
 from zoo.registry import Facets, Query, Sort, Summary
+from zoo.registry.figures import task_count
 
 PER_PAGE = 24
 MOST_CHOICES = 200  # of a filter; the commonest ones
@@ -105,7 +106,7 @@ def _filters(facets: Facets) -> Query:
             key="size",
             bind="query-params",
             on_change=_first_page,
-            help="Bytes of the smallest complete set of files.",
+            help="Bytes of the packed file, or of the smallest other that holds the weights unrounded.",
         )
         licences = _choice("Licence", "licence", facets.licenses)
         statuses = _choice("Status", "status", facets.statuses, "failed only when chosen")
@@ -159,7 +160,8 @@ def _order(query: Query) -> tuple[Query, str]:
             bind="query-params",
             on_change=_first_page,
             width=160,
-            help="Best first. Speed is the best on any machine: the entry says which.",
+            help="Best first. Speed is the best on any machine: the entry says which. Accuracies over the "
+            "most tasks come first, as only those over the same tasks compare.",
         )
         view = st.segmented_control(
             "View", ["Cards", "Table"], default="Cards", key="view", bind="query-params", required=True
@@ -260,8 +262,10 @@ def _card(summary: Summary) -> str:
         lines.append(f"perplexity **{figure(perplexity.value)}** :gray[({base}{context})]")
     measured = []
     if known.accuracy is not None:
-        delta = "" if known.accuracy_delta is None else f" :gray[({100 * known.accuracy_delta:+.1f} to base)]"
-        measured.append(f"accuracy **{percent(known.accuracy)}**{delta}")
+        tasks = task_count(known)
+        delta = "" if known.accuracy_delta is None else f", {100 * known.accuracy_delta:+.1f} to base"
+        over = f":gray[({tasks} {'task' if tasks == 1 else 'tasks'}{delta})]"
+        measured.append(f"accuracy **{percent(known.accuracy)}** {over}")
     if known.speed is not None:
         measured.append(f"**{figure(known.speed)}** token/s")
     lines.append(_joined(measured) or ":gray[no accuracy or speed measured]")
@@ -320,6 +324,7 @@ def _row(summary: Summary) -> dict[str, Any]:
         "bits": summary.bits_per_weight,
         "size": None if known.size is None else known.size / 1e6,
         "accuracy": None if known.accuracy is None else 100 * known.accuracy,
+        "tasks": None if known.tasks is None else task_count(known),
         "to base": None if known.accuracy_delta is None else 100 * known.accuracy_delta,
         "perplexity": known.perplexity,
         "context": None if perplexity is None else perplexity.context_length,

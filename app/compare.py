@@ -185,9 +185,9 @@ def _pareto(opened: Registry, entries: Sequence[Entry]) -> None:
     if picked:
         st.switch_page("entry.py", query_params={"id": str(picked[0]["id"])})
     st.caption(
-        "● an entry in its smallest own form, ■ an unpruned one in llama.cpp (GGUF types that keep the "
-        "model's output only), ◆ the base model in float16, its quality dotted. Filled and joined by "
-        "dashes: nothing is better in both. Hover for details, click for the entry."
+        "● an entry in the form that its figures are of, ■ an unpruned one in llama.cpp (GGUF types that "
+        "keep the model's output only), ◆ the base model in float16, its quality dotted. Filled and joined "
+        "by dashes: nothing is better in both. Hover for details, click for the entry."
         + (f" The {MOST_POINTS} newest of {page_.total:,} entries." if page_.total > MOST_POINTS else "")
     )
     _downloads(points, charts.pareto(*drawing, "black"), cost, metric_name)

@@ -12,8 +12,8 @@ from app.commands import commands
 from app.pareto import setting
 from app.parts import compare_link, entry_link, ink, kept_view, registry, status_badge
 from app.text import REASON_LIMIT, card, code, escape, plain
-from cards.render import figure, kinds_of_layers, measured, percent, size
-from zoo.compare import describe, gguf_files, gguf_tasks, pairs
+from cards.render import figure, kinds_of_layers, measured, percent, size, trainings
+from zoo.compare import describe, gguf_files, gguf_tasks, is_perplexity, pairs
 from zoo.entry import Benchmark, Entry
 from zoo.registry import Query, Registry
 from zoo.registry.figures import figures
@@ -65,16 +65,20 @@ def _head(entry: Entry) -> None:
             figure(entry.bits_per_weight),
             help="Of the smallest exact encoding of the whole model.",
         )
-        smallest = "–" if known.size is None else size(known.size)
         st.metric(
-            "Smallest files",
-            smallest,
+            "Size",
+            "–" if known.size is None else size(known.size),
             f"{figure(entry.compression_ratio)} × fewer bits",
             delta_color="off",
             delta_arrow="off",
+            help="Of the packed file, or of the smallest other that holds the weights unrounded.",
         )
         if known.perplexity is not None:
-            longest = next(p for p in pairs(entry.measurements) if p.entry.value == known.perplexity)
+            longest = next(
+                p
+                for p in pairs(entry.measurements)
+                if is_perplexity(p.entry) and p.entry.value == known.perplexity
+            )
             base = None if known.base_perplexity is None else f"base {figure(known.base_perplexity)}"
             st.metric(
                 f"Perplexity at {longest.entry.context_length or '?'}",
@@ -86,7 +90,8 @@ def _head(entry: Entry) -> None:
             )
         if known.accuracy is not None:
             delta = None if known.accuracy_delta is None else f"{100 * known.accuracy_delta:+.1f} to base"
-            st.metric("Accuracy", percent(known.accuracy), delta, help="Mean over the tasks.")
+            over = escape((known.tasks or "").replace(",", ", "), REASON_LIMIT)
+            st.metric("Accuracy", percent(known.accuracy), delta, help=f"Mean over {over}.")
         if known.speed is not None:
             st.metric(
                 "Fastest decode", f"{figure(known.speed)} token/s", help="See the tab Speed: where and how."
@@ -116,15 +121,15 @@ def _compression(entry: Entry, _: Registry) -> None:
         st.info("What was done to each layer is not recorded of this entry.")
         return
     largest = max((a for a in entry.artifacts if a.kind == "safetensors"), key=lambda a: a.size, default=None)
-    smallest = figures(entry).size
-    if smallest is not None:
+    ours = figures(entry).size
+    if ours is not None:
         dense = 2 * entry.parameters
         st.markdown(
-            f"The smallest files take **{size(smallest)}**, the base model in float16 {size(dense)}: "
-            f"**{figure(dense / smallest)} ×** smaller."
+            f"Its own files take **{size(ours)}**, the base model in float16 {size(dense)}: "
+            f"**{figure(dense / ours)} ×** smaller."
             + (f" The dense safetensors are {size(largest.size)}." if largest else "")
         )
-        st.progress(min(1.0, smallest / dense), text=f"{percent(smallest / dense)} of the base's bytes")
+        st.progress(min(1.0, ours / dense), text=f"{percent(ours / dense)} of the base's bytes")
     whats: list[tuple[charts.Heat, str]] = [
         ("sparsity", "Sparsity per layer"),
         ("bits", "Bits per stored weight"),
@@ -183,10 +188,14 @@ def _accuracy(entry: Entry, _: Registry) -> None:
                     + ("" if pair.base else " · the base was not measured so")
                 )
     _gguf_files(entry)
-    if entry.training:
-        last = entry.training[-1]
-        st.markdown(f"**Recovery training**, {last.tokens:,} tokens in {last.seconds / 60:.1f} minutes")
-        st.altair_chart(charts.loss(entry.training), key="loss", alt="Loss over the tokens trained on")
+    for number, training in enumerate(trainings(entry)):
+        what = f"step {training.step} of the recipe" if training.step else "the base model's own"
+        st.markdown(
+            f"**Training**, {what}: {training.tokens:,} tokens in {training.seconds / 60:.1f} minutes"
+        )
+        st.altair_chart(
+            charts.loss(training.curve), key=f"loss-{number}", alt="Loss over the tokens trained on"
+        )
 
 
 def _gguf_files(entry: Entry) -> None:

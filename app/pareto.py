@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
-from zoo.compare import WEIGHTS, describe, own, protocol
+from zoo.compare import FAITHFUL, WEIGHTS, describe, own, own_forms, protocol
 from zoo.entry import Artifact, Benchmark, Direction, Measurement, Record
 from zoo.registry import Summary
 
@@ -18,8 +18,6 @@ AXES: dict[Cost, str] = {
     "bits": "bits per weight, all files' bytes included",
     "speed": "decode, token/s",
 }
-# llama.cpp's types that keep a model's output, so that what was measured of the model holds for the file.
-FAITHFUL = ("F32", "BF16", "F16", "Q8_0")
 BASE_BITS = 16
 UNPRUNED = 0.01  # of zeros; quantization makes a few
 
@@ -93,9 +91,9 @@ def metrics(summaries: Iterable[Summary]) -> dict[str, Measurement]:
 def points(summaries: Sequence[Summary], metric: Measurement, cost: Cost, at: Setting | None) -> list[Point]:
     """What was measured just as `metric` was, and for the cost "speed" in the setting `at`.
 
-    Of an entry its smallest own form; GGUF files only of entries that are not pruned, as llama.cpp's
-    quantizations: they store zeros as they store any weight. The base model in float16, but for its speed,
-    which no entry records.
+    Of an entry the form that its figures are of; GGUF files only of entries that are not pruned, as
+    llama.cpp's quantizations: they store zeros as they store any weight. The base model in float16, but for
+    its speed, which no entry records.
     """
     found: list[Point] = []
     bases: dict[str, Point] = {}
@@ -165,18 +163,21 @@ def _forms(summary: Summary, cost: Cost, at: Setting | None) -> list[tuple[str, 
     kinds: dict[tuple[str, str], Kind] = {}
     for a in summary.artifacts:
         if a.kind in WEIGHTS and _holds(summary, a):
-            key = (a.kind, a.format or a.kind)
+            key = _form(a)
             sizes[key] = sizes.get(key, 0) + a.size
             kinds[key] = _kind(a)
-    ours = {key: n for key, n in sizes.items() if kinds[key] == "entry"}
-    smallest = min(ours, key=lambda key: ours[key], default=None)
-    shown = [key for key in sizes if kinds[key] == "llama.cpp" or key == smallest]
+    first = next((files[0] for files in own_forms(summary.artifacts)), None)
+    shown = [key for key in sizes if kinds[key] == "llama.cpp" or (first and key == _form(first))]
     scale = 1e6 if cost == "size" else summary.parameters / 8
     found: list[tuple[str, Kind, float]] = [(key[1], kinds[key], sizes[key] / scale) for key in shown]
     if cost == "bits":  # the entry's own figure is that of its smallest exact encoding
         found = [one for one in found if one[1] == "llama.cpp"]
         found.append(("smallest exact encoding", "entry", summary.bits_per_weight))
     return found
+
+
+def _form(artifact: Artifact) -> tuple[str, str]:
+    return artifact.kind, artifact.format or artifact.kind
 
 
 def _kind(artifact: Artifact) -> Kind:

@@ -10,7 +10,7 @@ from pathlib import Path
 import streamlit as st
 
 from app.text import REASON_LIMIT, escape
-from zoo.compare import own
+from zoo.compare import is_perplexity, own
 from zoo.entry import Measurement, Status
 from zoo.errors import ZooError
 from zoo.logs import redact
@@ -110,7 +110,7 @@ def perplexity_of(summary: Summary) -> Measurement | None:
         (
             m
             for m in own(summary.measurements)
-            if m.subject == "entry" and m.metric == "perplexity" and m.value == summary.figures.perplexity
+            if m.subject == "entry" and is_perplexity(m) and m.value == summary.figures.perplexity
         ),
         None,
     )

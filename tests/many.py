@@ -17,6 +17,7 @@ from zoo.registry import open_registry
 from zoo.registry.models import EntryRow, MachineRow
 from zoo.registry.registry import _PARTS, _values, add_to_index, batched
 
+HELLASWAG = {**ARC, "task": "hellaswag"}
 # name, family, organisation, licence, parameters, perplexity, accuracy
 BASES = [
     ("smollm2-135m-instruct", "llama", "HuggingFaceTB", "apache-2.0", 134_515_008, 25.6, 0.55),
@@ -142,6 +143,7 @@ def _entry(number: int, random: Random, created: str) -> Entry:
             measured("entry", "perplexity", base_perplexity * loss, base_perplexity / 70, **PERPLEXITY),
             measured("base", "accuracy", base_accuracy, 0.0352, **ARC),
             measured("entry", "accuracy", base_accuracy / loss, 0.0348, **ARC),
+            *([measured("entry", "accuracy_norm", 0.9 / loss, 0.03, **HELLASWAG)] if number % 3 == 0 else []),
         ],
         benchmarks=[]
         if failed or not artifacts

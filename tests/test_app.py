@@ -18,9 +18,9 @@ from markdown_it import MarkdownIt
 from tests.example import RECIPE, entry
 from tests.many import fill
 from tests.tiny import tiny_llama
-from zoo.entry import Stage
+from zoo.entry import Stage, TrainingPoint
 from zoo.progress import job_log_path, log_path, logged, say
-from zoo.registry import Registry, open_registry
+from zoo.registry import Query, Registry, open_registry
 from zoo.registry.job_runs import Figure, finish, start
 from zoo.registry.leases import Lease, release, take, this_process
 from zoo.runner.pack import Settings, pack_folder
@@ -200,6 +200,33 @@ def test_an_entry_s_tabs(url: str, tab: str, expected: list[str]) -> None:
     words = text_of(said(test)) + "\n".join(code.value for code in test.code)
     for word in expected:
         assert word in words, words
+
+
+def test_every_training_has_a_curve_of_its_own(url: str) -> None:
+    """Each counts its tokens anew: drawn as one, the line would go back."""
+    points = [
+        TrainingPoint(step=n, tokens=tokens, seconds=60.0, loss=2.0, learning_rate=1e-4, terms={})
+        for n, tokens in enumerate((1000, 2000, 500, 3000))
+    ]
+    open_registry(url).put(entry("a-llama", recipe="steps: [{kind: recover}]", training=points))
+    words = said(shown("entry", id="a-llama", tab="Accuracy"))
+    assert "the base model's own: 2,000 tokens" in words
+    assert "step 1 of the recipe: 3,000 tokens" in words
+
+
+def test_a_rounded_file_lends_an_entry_no_size(url: str) -> None:
+    """Nor a point in the chart, as neither the size of Q4_0 goes with the quality of the weights."""
+    open_registry(url).put(entry("a-llama", sparsity=0.0))
+    words = said(shown()).replace("\u00a0", " ")
+    assert "269.1 MB" in words and "91.7 MB" not in words
+    assert "(1 task, -13.5 to base)" in words
+    summaries = open_registry(url).search(Query(limit=None)).entries
+    (metric,) = [m for name, m in pareto.metrics(summaries).items() if "arc_easy" in name]
+    points = pareto.points(summaries, metric, "size", None)
+    assert {(p.form, p.cost) for p in points if p.kind != "base"} == {
+        ("float16", 269.060552),
+        ("Q8_0", 144.811072),
+    }
 
 
 def test_files_are_listed_with_their_whole_sha256(url: str) -> None:

@@ -152,14 +152,13 @@ def test_best_against_brute_force(
         assert len(ran[commonest]) == max(map(len, ran.values()))
     table = {}
     for one in entries:
-        sizes = {"safetensors": sum(a.size for a in one.artifacts if a.kind == "safetensors")}
-        sizes |= {a.kind: a.size for a in one.artifacts if a.kind in ("gguf", "packed")}
-        speeds = [b.decode_tokens_per_s for b in one.benchmarks if b.machine.cpu == commonest]
+        own = [b for b in one.benchmarks if not b.artifact.endswith("Q4_0.gguf")]
+        speeds = [b.decode_tokens_per_s for b in own if b.machine.cpu == commonest]
         table[one.id] = {
             "accuracy": figure(one, "accuracy"),
             "ppl": figure(one, "perplexity"),
             "speed": max(speeds, default=None),
-            "size": min(sizes.values()) if one.artifacts else None,
+            "size": next((a.size for a in one.artifacts if a.kind == "packed"), None),
             "bits": one.bits_per_weight,
             "sparsity": one.sparsity,
             "base_accuracy": figure(one, "accuracy", "base"),
@@ -238,8 +237,55 @@ def test_speeds_meet_on_one_machine_only(tmp_path: Path) -> None:
     assert found.front[0].id == "b"
     assert {left.id for left in found.left_out} == {"big-machine", "more-threads"}
     assert MACHINE.cpu in found.measured["speed"]
-    there = best("x", listed, "speed", [], [sha256_bytes(b"Big")])
+    there = best("x", listed, "speed", [], sha256_bytes(b"Big"))
     assert [c.id for c in there.front] == ["big-machine"]
+
+
+def test_who_was_measured_on_another_machine_of_the_same_name_is_told_where(tmp_path: Path) -> None:
+    other = MACHINE.model_copy(update={"fingerprint": sha256_bytes(b"the same CPU, other memory")})
+    moved = fast("moved", 30)
+    run = moved.benchmarks[0].model_copy(update={"machine": other})
+    alike = [fast("a", 10), fast("b", 20)]
+    listed = summaries(
+        tmp_path, [*alike, moved.model_copy(update={"benchmarks": [run]}), fast("c", 9, threads=8)]
+    )
+    found = best("x", listed, "speed", [])
+    here, there = found.front[0], {left.id: left.reason for left in found.left_out}
+    first = sha256_bytes(MACHINE.cpu.encode())[:8]
+    assert here.id == "b" and f"{MACHINE.cpu} ({first})" in found.measured["speed"]
+    assert f"it was as 2 threads, 256+64 tokens, {MACHINE.cpu} ({other.fingerprint[:8]})" in there["moved"]
+    assert there["moved"].endswith(f"see --for {other.fingerprint[:8]}")
+    assert "8 threads" in there["c"] and "--for" not in there["c"]  # the same machine
+    assert best("x", listed, "speed", [], other.fingerprint).front[0].id == "moved"
+
+
+def test_a_rounded_file_is_not_the_entry(tmp_path: Path) -> None:
+    """Neither its size nor its speed stands beside the quality of the weights."""
+    (listed,) = summaries(tmp_path, [entry("a")])
+    run = listed.benchmarks[0].model_copy(
+        update={"artifact": "gguf/model-Q4_0.gguf", "decode_tokens_per_s": 900.0}
+    )
+    (found,) = best(
+        "x", [listed.model_copy(update={"benchmarks": [*listed.benchmarks, run]})], "speed", []
+    ).front
+    assert (found.speed, found.size) == (71.25, 269_060_552)
+
+
+def test_the_accuracy_is_what_the_task_is_known_by(tmp_path: Path) -> None:
+    task = {**ARC, "task": "arc_challenge"}
+    values = {"a": (0.3, 0.2), "b": (0.1, 0.4)}
+    entries = [
+        entry(
+            name,
+            measurements=[
+                measured("entry", "accuracy", plain, None, **task),
+                measured("entry", "accuracy_norm", norm, None, **task),
+            ],
+        )
+        for name, (plain, norm) in values.items()
+    ]
+    found = best("x", summaries(tmp_path, entries), "accuracy", [])
+    assert [(c.id, c.accuracy) for c in found.front] == [("b", 0.4)]
 
 
 def test_nothing_within_the_limits_says_what_is_nearest(tmp_path: Path) -> None:

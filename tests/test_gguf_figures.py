@@ -37,7 +37,7 @@ HELLASWAG = {**ARC, "task": "hellaswag"}
 OF_FILE = [
     measured("entry", "perplexity", 2.5, 0.1, **PERPLEXITY, artifact=FILE),
     measured("entry", "accuracy", 0.9, 0.01, **ARC, artifact=FILE),
-    measured("entry", "accuracy", 0.7, 0.01, **HELLASWAG, artifact=FILE),
+    measured("entry", "accuracy_norm", 0.7, 0.01, **HELLASWAG, artifact=FILE),
     measured("entry", "accuracy_norm", 0.8, 0.01, **WHOLE, artifact=FILE),
     measured("entry", "perplexity", 9.0, None, **{**ARC, "sample_unit": "documents"}, artifact=FILE),
 ]
@@ -149,7 +149,7 @@ def test_comparisons_have_a_row_for_each_type() -> None:
     assert added == {
         "wikitext2_test.tokens perplexity, context 512, 40 windows, gguf Q4_0": [2.5, None],
         "arc_easy accuracy, 200 questions, gguf Q4_0": [0.9, None],
-        "hellaswag accuracy, 200 questions, gguf Q4_0": [0.7, None],
+        "hellaswag accuracy_norm, 200 questions, gguf Q4_0": [0.7, None],
     }
 
 
@@ -169,7 +169,7 @@ def test_the_page_of_an_entry_has_the_table(tmp_path: Path, monkeypatch: pytest.
     from tests.test_app import said, shown
 
     monkeypatch.setenv("ZOO_REGISTRY", str(tmp_path / "registry.db"))
-    hostile = [m.model_copy(update={"task": "<b>|x\u0000"}) for m in OF_FILE[2:3]]
+    hostile = [m.model_copy(update={"task": "<b>|x\u0000"}) for m in OF_FILE[1:2]]
     open_registry(str(tmp_path / "registry.db")).put(
         WITH.model_copy(update={"measurements": WITH.measurements + hostile})
     )

@@ -29,6 +29,7 @@ from zoo.entry import Entry, Machine, Record, Stage
 from zoo.errors import RegistryError, UsageError
 from zoo.files import sha256_json
 from zoo.registry import Figures, Query, models, open_registry, registry
+from zoo.registry.figures import figures
 from zoo.registry.registry import HEAD, MIGRATIONS, Registry, Run
 
 ROOT = Path(__file__).parents[1]
@@ -350,6 +351,22 @@ def test_figures_of_files_do_not_become_the_entrys_own(opened: Registry) -> None
     again.engine.dispose()
 
 
+def test_figures_that_are_made_otherwise_now_are_made_anew(opened: Registry) -> None:
+    one = entry()
+    opened.put(one)
+    with opened.engine.execution_options(zoo_begin="migrate").begin() as connection:
+        command.downgrade(registry._alembic(connection), "0005")
+        connection.exec_driver_sql(
+            "INSERT INTO entry_index (key, entry_id, status, family, base, base_model, license, created,"
+            " sparsity, bits_per_weight, size, method, pattern, text) VALUES"
+            f" (7, '{one.id}', 'verified', 'llama', 'b', 'b', 'mit', '2025', 0.5, 4, 91726048, 'm', 'p', 't')"
+        )
+    again = open_registry(url_of(opened))
+    (found,) = again.search(Query(text="smollm2", sort="accuracy")).entries
+    assert found.figures == figures(one)
+    again.engine.dispose()
+
+
 def test_an_older_registry_is_upgraded_with_its_entries(empty: str) -> None:
     old = [
         entry(),
@@ -381,7 +398,9 @@ def test_an_older_registry_is_upgraded_with_its_entries(empty: str) -> None:
     assert [opened.get(one.id) for one in old] == old
     assert opened.count() == 3
     assert {e.id for e in opened.entries()} == {old[0].id, "mpt-b.1"}
-    assert [e.id for e in opened.search(Query(text="Q4_0", min_size=91_726_048, max_size=91_726_048)).entries]
+    assert [
+        e.id for e in opened.search(Query(text="Q4_0", min_size=269_060_552, max_size=269_060_552)).entries
+    ]
     assert opened.search(Query(sort="speed")).entries[0].figures.speed == 71.25
     assert differences(opened) == []
 

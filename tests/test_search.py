@@ -42,28 +42,34 @@ def filled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def value_of(one: Entry, sort: str, machine: str | None) -> Any:
-    own = {m.metric: m.value for m in one.measurements if m.subject == "entry"}
-    if sort in ("accuracy", "perplexity"):
-        return own.get(sort)
+    own = {m.task: m.value for m in one.measurements if m.subject == "entry"}
+    if sort == "perplexity":
+        return own.get(PERPLEXITY["task"])
+    if sort == "accuracy":
+        return fmean(own[task] for task in tasks(one)) if own else None
     if sort == "speed":
         return max((b.decode_tokens_per_s for b in on_machine(one, machine)), default=None)
     if sort == "size":
-        return smallest(one)
+        return packed(one)
     fields = {"newest": one.created, "id": one.id, "bits": one.bits_per_weight, "sparsity": one.sparsity}
     return fields[sort]
 
 
-def smallest(one: Entry) -> int | None:
-    shards = sum(a.size for a in one.artifacts if a.kind == "safetensors")
-    others = [a.size for a in one.artifacts if a.kind in ("gguf", "packed")]
-    return min([shards, *others]) if one.artifacts else None
+def tasks(one: Entry) -> list[str]:
+    return [m.task for m in one.measurements if m.subject == "entry" and m.task != PERPLEXITY["task"]]
+
+
+def packed(one: Entry) -> int | None:
+    return next((a.size for a in one.artifacts if a.kind == "packed"), None)
 
 
 def on_machine(one: Entry, machine: str | None) -> list[Any]:
+    """But for what is the model rounded further."""
+    own = [b for b in one.benchmarks if not b.artifact.endswith("Q4_0.gguf")]
     if machine is None:
-        return list(one.benchmarks)
+        return own
     return [
-        b for b in one.benchmarks
+        b for b in own
         if machine.lower() in b.machine.cpu.lower() or b.machine.fingerprint.startswith(machine)
     ]  # fmt: skip
 
@@ -90,7 +96,7 @@ def passes(one: Entry, query: Query) -> bool:
     formats = [a.format for a in one.artifacts if a.format]
     names = [one.id, one.base_model, one.base_repository, one.family, one.layers[0].method or "unknown"]
     parts = [str(part).lower() for part in [*names, one.layers[0].pattern or "dense", *formats]]
-    size = smallest(one)
+    size = packed(one)
     return (
         all(any(word in part for part in parts) for word in (query.text or "").lower().split())
         and (query.min_sparsity is None or one.sparsity >= query.min_sparsity)
@@ -110,6 +116,8 @@ def expected_ids(query: Query) -> list[str]:
     lack = [one.id for one in found if value_of(one, query.sort, query.machine) is None]
     largest_first = (query.sort in ("newest", "accuracy", "speed", "sparsity")) != query.reverse
     have.sort(key=lambda one: value_of(one, query.sort, query.machine), reverse=largest_first)
+    if query.sort == "accuracy":  # over arc_easy and hellaswag, then over arc_easy alone
+        have.sort(key=lambda one: -len(tasks(one)))
     return [one.id for one in have] + lack
 
 
@@ -153,8 +161,8 @@ def any_query(random: Random) -> Query:
         "max_sparsity": one.sparsity,
         "min_bits": one.bits_per_weight,
         "max_bits": one.bits_per_weight,
-        "min_size": smallest(one),
-        "max_size": smallest(one),
+        "min_size": packed(one),
+        "max_size": packed(one),
         "machine": random.choice([*CPUS, "EPYC", "intel", "nothing like it", one.base_sha256]),
     }
     picked = random.sample(sorted(offers), random.choice((0, 1, 1, 2, 2, 3, 4)))
@@ -242,9 +250,9 @@ def test_speed_is_that_of_the_machine_asked_for(filled: Registry) -> None:
     by_id = {e.id: e for e in ENTRIES}
     slower = 0
     for summary in filled.search(Query(machine="Apple M2", sort="speed", limit=None)).entries:
-        speeds = [b.decode_tokens_per_s for b in by_id[summary.id].benchmarks if b.machine.cpu == "Apple M2"]
+        speeds = [b.decode_tokens_per_s for b in on_machine(by_id[summary.id], "Apple M2")]
         assert summary.figures.speed == max(speeds)
-        slower += max(speeds) < max(b.decode_tokens_per_s for b in by_id[summary.id].benchmarks)
+        slower += max(speeds) < max(b.decode_tokens_per_s for b in on_machine(by_id[summary.id], None))
     assert slower
 
 
@@ -283,8 +291,8 @@ def test_the_index_follows_every_change(filled: Registry) -> None:
 
 def test_figures_of_an_entry() -> None:
     found = figures(entry())
-    assert found.size == 91_726_048
-    assert found.accuracy == 0.41
+    assert found.size == 269_060_552  # of its weights: GGUF files are the model rounded further
+    assert (found.accuracy, found.tasks) == (0.41, "arc_easy:200")
     assert found.accuracy_delta == pytest.approx(0.41 - 0.545)
     assert (found.perplexity, found.base_perplexity) == (41.6, 25.61)
     assert found.speed == 71.25
@@ -294,7 +302,7 @@ def test_figures_of_an_entry() -> None:
 def test_figures_of_an_entry_without_any() -> None:
     found = figures(entry(layers=[], artifacts=[], measurements=[], benchmarks=[]))
     assert found.model_dump(exclude={"method", "pattern"}) == dict.fromkeys(
-        ["size", "accuracy", "accuracy_delta", "perplexity", "base_perplexity", "speed"]
+        ["size", "accuracy", "tasks", "accuracy_delta", "perplexity", "base_perplexity", "speed"]
     )
     assert (found.method, found.pattern) == ("unknown", "dense")
 
@@ -303,6 +311,7 @@ def test_shards_count_together_and_tasks_alike() -> None:
     files = [("a-1.safetensors", 60), ("a-2.safetensors", 50), ("b.gguf", 100)]
     other_task = {**ARC, "task": "hellaswag"}
     unlike = {**ARC, "task": "piqa"}
+    lambada = {**ARC, "task": "lambada_openai", "context_length": 4096, "direction": "lower_is_better"}
     longer = {**PERPLEXITY, "context_length": 2048}
     found = figures(
         entry(
@@ -315,13 +324,17 @@ def test_shards_count_together_and_tasks_alike() -> None:
             measurements=[
                 measured("entry", "accuracy", 0.4, None, **ARC),
                 measured("base", "accuracy", 0.5, None, **ARC),
-                measured("entry", "accuracy", 0.2, None, **other_task),
-                measured("base", "accuracy", 0.4, None, **other_task),
+                measured("entry", "accuracy", 0.7, None, **other_task),  # which is not what it is known by
+                measured("entry", "accuracy_norm", 0.2, None, **other_task),
+                measured("base", "accuracy_norm", 0.4, None, **other_task),
+                measured("entry", "accuracy_norm", 0.8, None, **unlike),
                 measured("entry", "accuracy", 0.9, None, **unlike),
                 measured("base", "accuracy", 0.9, None, **{**unlike, "limit": 7}),
                 measured("entry", "perplexity", 9.0, None, **longer),
                 measured("entry", "perplexity", 12.0, None, **PERPLEXITY),
                 measured("base", "perplexity", 10.0, None, **PERPLEXITY),
+                measured("entry", "perplexity", 40.0, None, **lambada),  # of questions, not of a text
+                measured("base", "perplexity", 40.0, None, **lambada),
             ],
             layers=[
                 Layer(name="a", rows=10, columns=10, sparsity=0, bits=4, method="rtn"),
@@ -332,11 +345,46 @@ def test_shards_count_together_and_tasks_alike() -> None:
             ],
         )
     )
-    assert found.size == 100
+    assert found.size == 110
     assert found.accuracy == pytest.approx(fmean((0.4, 0.2, 0.9)))
+    assert found.tasks == "arc_easy:200,hellaswag:200,piqa:200"
     assert found.accuracy_delta == pytest.approx(fmean((-0.1, -0.2)))  # of the tasks measured alike
     assert (found.perplexity, found.base_perplexity) == (12.0, 10.0)  # not at a context that the base lacks
     assert (found.method, found.pattern) == ("wanda+gptq", "2:4")
+
+
+WEIGHTS = {
+    "model.safetensors": 270, "F16.gguf": 271, "BF16.gguf": 269, "Q8_0.gguf": 145, "Q2_K.gguf": 88,
+    "packed.safetensors": 147,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("there", "size", "speed"),
+    [
+        (list(WEIGHTS), 147, "packed.safetensors"),
+        (["model.safetensors", "F16.gguf", "BF16.gguf", "Q8_0.gguf", "Q2_K.gguf"], 269, "Q8_0.gguf"),
+        (["F16.gguf", "Q2_K.gguf"], 271, "F16.gguf"),
+        (["Q8_0.gguf", "Q2_K.gguf"], 145, "Q8_0.gguf"),
+        (["Q2_K.gguf"], 88, "Q2_K.gguf"),  # imported so: it is the model
+    ],
+)
+def test_size_and_speed_are_those_of_what_was_measured(there: list[str], size: int, speed: str) -> None:
+    files = [
+        Artifact(
+            path=path,
+            kind="gguf" if "gguf" in path else "packed" if "packed" in path else "safetensors",
+            format=path.partition(".")[0] if "gguf" in path else None,
+            size=WEIGHTS[path],
+            sha256=sha256_bytes(b""),
+        )
+        for path in there
+    ]
+    run = entry().benchmarks[0]
+    speeds = {"packed.safetensors": 185.0, "F16.gguf": 85.0, "Q8_0.gguf": 120.0, "Q2_K.gguf": 999.0}
+    runs = [run.model_copy(update={"artifact": p, "decode_tokens_per_s": s}) for p, s in speeds.items()]
+    found = figures(entry(artifacts=files, benchmarks=runs))
+    assert (found.size, found.speed) == (size, speeds[speed])
 
 
 def test_figures_too_large_for_a_mean_are_left_out() -> None:
@@ -364,6 +412,49 @@ def test_the_command_finds_and_sorts(zoo: Zoo) -> None:
     assert [hit["id"] for hit in found["hits"]] == expected_ids(query)[:20]
     assert found["total"] == len(expected_ids(query)) > 0
     assert all(hit["places"] == [{"endpoint": "local", "repository": None}] for hit in found["hits"])
+
+
+def test_the_command_ranks_answers_to_the_same_tasks_only(zoo: Zoo) -> None:
+    """Over the most tasks first, and told apart, though over one the mean may be higher."""
+    query = Query(text="smollm2", families=("llama",), sort="accuracy", limit=None)
+    ids = expected_ids(query)
+    by_id = {one.id: one for one in ENTRIES}
+    first_of_one = next(i for i, id_ in enumerate(ids) if len(tasks(by_id[id_])) == 1)
+    at = str(first_of_one - 2)
+    arguments = (
+        "search",
+        "smollm2",
+        "--family",
+        "llama",
+        "--sort",
+        "accuracy",
+        "--limit",
+        "4",
+        "--offset",
+        at,
+    )
+    done = zoo(*arguments)
+    lines = done.stdout.splitlines()[1:]
+    assert [line.split()[0] for line in lines] == ids[first_of_one - 2 : first_of_one + 2]
+    assert ["(2)" in line for line in lines] == [True, True, False, False]
+    assert ["(1)" in line for line in lines] == [False, False, True, True]
+    assert "do not compare" in done.stderr and "arc_easy:200, hellaswag:200; arc_easy:200" in done.stderr
+    assert "do not compare" not in zoo(*arguments[:-3], "1").stderr
+
+
+def test_a_name_that_several_machines_have_is_refused(tmp_path: Path) -> None:
+    one = entry("a")
+    run = one.benchmarks[0]
+    other = run.machine.model_copy(update={"fingerprint": sha256_bytes(b"other memory")})
+    opened = open_registry(str(tmp_path / "registry.db"))
+    opened.put(one)
+    opened.put(entry("b", benchmarks=[run.model_copy(update={"machine": other})]))
+    zoo = Zoo(tmp_path, {"ZOO_REGISTRY": str(tmp_path / "registry.db")})
+    named = [f"({m.fingerprint[:8]})" for m in (run.machine, other)]
+    refused(zoo("search", "--for", "EPYC"), 2, "2 machines", *named, "--for ")
+    refused(zoo("best", "--base", one.base_model, "--for", "EPYC"), 2, "2 machines", *named)
+    done = zoo("search", "--for", other.fingerprint[:8])
+    assert [line.split()[0] for line in done.stdout.splitlines()[1:]] == ["b"]
 
 
 def test_the_command_tells_how_many_there_are(zoo: Zoo) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from statistics import fmean
 from typing import Literal, TypeVar
 
-from zoo.compare import describe, own, protocol
+from zoo.compare import describe, is_accuracy, is_perplexity, own, own_benchmarks, protocol
 from zoo.entry import Benchmark, Measurement, Record
 from zoo.errors import UsageError, ZooError
 from zoo.registry import Summary
@@ -63,8 +63,8 @@ class Candidate(Record):
     id: str
     accuracy: float | None  # mean over the shared tasks
     ppl: float | None
-    speed: float | None  # decode, tokens/s, of its fastest file
-    size: int | None  # bytes of its smallest form
+    speed: float | None  # decode, tokens/s, of the fastest of its own files
+    size: int | None  # bytes of its own files
     bits: float
     sparsity: float
     base_accuracy: float | None
@@ -138,14 +138,14 @@ def best(
     entries: Sequence[Summary],
     optimize: Figure,
     within: Sequence[Constraint],
-    machines: Sequence[str] | None = None,
+    machine: str | None = None,
 ) -> Best:
     """Choose among `entries`, all of the base model `base`.
 
-    `machines`: fingerprints; speed counts only there. Without it, where most entries were measured.
+    `machine`: a fingerprint; speed counts only there. Without it, where most entries were measured.
     Raises ZooError, which says what comes nearest, if no entry meets the constraints.
     """
-    candidates, measured = _candidates(entries, machines)
+    candidates, measured, settings = _candidates(entries, machine)
     limited = dict.fromkeys(constraint.figure for constraint in within)
     wanted = dict.fromkeys((optimize, *limited))
     if len(wanted) == 1:
@@ -155,7 +155,7 @@ def best(
     axes = list(wanted)
     left_out, complete = [], []
     for candidate in candidates:
-        missing = _missing(candidate, axes, within, measured)
+        missing = _missing(candidate, axes, within, measured, settings[candidate.id])
         if missing:
             left_out.append(LeftOut(id=candidate.id, reason=missing))
         else:
@@ -198,33 +198,34 @@ def pareto_front(candidates: Iterable[Candidate], axes: Sequence[Figure]) -> lis
 
 
 def _candidates(
-    entries: Sequence[Summary], machines: Sequence[str] | None
-) -> tuple[list[Candidate], dict[Figure, str]]:
-    """Every entry with the figures that were measured as most were, and how that is."""
-    tasks = _commonest(frozenset(_own(entry, "accuracy")) for entry in entries)
-    text = _commonest_of_each(_own(entry, "perplexity") for entry in entries)
+    entries: Sequence[Summary], machine: str | None
+) -> tuple[list[Candidate], dict[Figure, str], dict[str, dict[Protocol, Benchmark]]]:
+    """Every entry with the figures that were measured as most were, how that is, and its `_settings`."""
+    tasks = _commonest(frozenset(_own(entry, is_accuracy)) for entry in entries)
+    text = _commonest_of_each(_own(entry, is_perplexity) for entry in entries)
+    settings = {entry.id: _settings(entry) for entry in entries}
     setting = _commonest_of_each(
-        {_setting(b): b for b in entry.benchmarks if machines is None or b.machine.fingerprint in machines}
-        for entry in entries
+        {at: b for at, b in known.items() if machine in (None, b.machine.fingerprint)}
+        for known in settings.values()
     )
     measured: dict[Figure, str] = {}
     found = []
     for entry in entries:
-        accuracy, base_accuracy = _own(entry, "accuracy"), _own(entry, "accuracy", "base")
-        ppl, base_ppl = _own(entry, "perplexity"), _own(entry, "perplexity", "base")
-        runs = [b for b in entry.benchmarks if setting is not None and _setting(b) == setting]
+        accuracy, base_accuracy = _own(entry, is_accuracy), _own(entry, is_accuracy, "base")
+        ppl, base_ppl = _own(entry, is_perplexity), _own(entry, is_perplexity, "base")
+        fastest = None if setting is None else settings[entry.id].get(setting)
         if tasks and tasks <= accuracy.keys():
             measured["accuracy"] = "; ".join(sorted(describe(accuracy[task]) for task in tasks))
         if text in ppl:
             measured["ppl"] = describe(ppl[text])
-        if runs:
-            measured["speed"] = _describe(runs[0])
+        if fastest is not None:
+            measured["speed"] = _describe(fastest)
         found.append(
             Candidate(
                 id=entry.id,
                 accuracy=_mean(accuracy, tasks),
                 ppl=ppl[text].value if text in ppl else None,
-                speed=max((b.decode_tokens_per_s for b in runs), default=None),
+                speed=None if fastest is None else fastest.decode_tokens_per_s,
                 size=entry.figures.size,
                 bits=entry.bits_per_weight,
                 sparsity=entry.sparsity,
@@ -232,24 +233,32 @@ def _candidates(
                 base_ppl=base_ppl[text].value if text in base_ppl else None,
             )
         )
-    return found, measured
+    return found, measured, settings
 
 
 Protocol = tuple[object, ...]
 
 
-def _own(entry: Summary, metric: str, subject: str = "entry") -> dict[Protocol, Measurement]:
-    """The measurements of one metric, by how they were made."""
-    return {protocol(m): m for m in own(entry.measurements) if (m.metric, m.subject) == (metric, subject)}
+def _own(
+    entry: Summary, is_one: Callable[[Measurement], bool], subject: str = "entry"
+) -> dict[Protocol, Measurement]:
+    """The measurements of one kind, by how they were made."""
+    return {protocol(m): m for m in own(entry.measurements) if m.subject == subject and is_one(m)}
 
 
-def _setting(b: Benchmark) -> Protocol:
-    """What speeds must share; the runner and the file may differ, as they are part of the choice."""
-    return b.machine.fingerprint, b.threads, b.prompt_tokens, b.generated_tokens
+def _settings(entry: Summary) -> dict[Protocol, Benchmark]:
+    """Its fastest decode by what speeds must share; runner and file may differ, as part of the choice."""
+    found: dict[Protocol, Benchmark] = {}
+    for b in own_benchmarks(entry.artifacts, entry.benchmarks):
+        at = (b.machine.fingerprint, b.threads, b.prompt_tokens, b.generated_tokens)
+        if at not in found or b.decode_tokens_per_s > found[at].decode_tokens_per_s:
+            found[at] = b
+    return found
 
 
 def _describe(b: Benchmark) -> str:
-    return f"{b.threads} threads, {b.prompt_tokens}+{b.generated_tokens} tokens, {b.machine.cpu}"
+    tokens = f"{b.prompt_tokens}+{b.generated_tokens} tokens"
+    return f"{b.threads} threads, {tokens}, {b.machine.cpu} ({b.machine.fingerprint[:8]})"
 
 
 def _mean(measured: Mapping[Protocol, Measurement], tasks: frozenset[Protocol] | None) -> float | None:
@@ -281,11 +290,18 @@ def _missing(
     axes: Sequence[Figure],
     within: Sequence[Constraint],
     measured: Mapping[Figure, str],
+    settings: Mapping[Protocol, Benchmark],
 ) -> str | None:
-    """Why an entry cannot be judged."""
+    """Why an entry cannot be judged, and how it could be."""
     for axis in axes:
         if getattr(candidate, axis) is None:
-            return f"its {axis} was not measured" + (f" as {measured[axis]}" if axis in measured else "")
+            reason = f"its {axis} was not measured" + (f" as {measured[axis]}" if axis in measured else "")
+            if axis != "speed" or not settings:
+                return reason
+            other = next(iter(settings.values()))
+            machine = other.machine.fingerprint[:8]
+            elsewhere = f"({machine})" not in measured.get("speed", "")
+            return f"{reason}; it was as {_describe(other)}" + (f": see --for {machine}" if elsewhere else "")
     for constraint in within:
         if constraint.of_base and getattr(candidate, f"base_{constraint.figure}") is None:
             return f"its base's {constraint.figure} was not measured in the same way"

@@ -21,7 +21,7 @@ from zoo.errors import Stopped, UsageError, ZooError
 if TYPE_CHECKING:
     from pipelines.executors import Executor
     from zoo.best import Best
-    from zoo.entry import Entry, Machine, Measurement, Record
+    from zoo.entry import Entry, Measurement, Record
     from zoo.registry import Registry, Summary
     from zoo.registry.transfer import Transferred
     from zoo.runner.bench import Bench
@@ -312,7 +312,7 @@ def search(
         list[str] | None, typer.Option(help="verified, published or failed. Default: all but failed.")
     ] = None,
     max_size: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Of its smallest form at most, e.g. 200MB.")
+        str | None, typer.Option(metavar="SIZE", help="Of its own files at most, e.g. 200MB.")
     ] = None,
     min_sparsity: Annotated[str | None, typer.Option(metavar="S", help="At least, e.g. 50% or 0.5.")] = None,
     bits: Annotated[float | None, typer.Option(help="Bits per weight at most.")] = None,
@@ -356,16 +356,19 @@ def search(
         hub = client.connect(endpoint)
     absent = hub is not None and "://" not in registry and not Path(registry).expanduser().exists()
     local = None if absent else open_registry(registry, create=False)
-    if hub is None and local is not None and query.machine is not None:
-        _check_machine(local, query.machine)
     found = searching.search(query, local, hub)
     if as_json:
         _print_json(found)
         return
     if found.hits:
         where = ["where"] if hub is not None else []
-        head = ["id", *where, "status", "sparsity", "bits/weight", "size", "accuracy", "perplexity (base)"]
-        _print_table([*head, "decode tok/s"], [_hit_line(hit, bool(where)) for hit in found.hits])
+        head = ["id", *where, "status", "sparsity", "bits/weight", "size", "accuracy (tasks)"]
+        lines = [_hit_line(hit, bool(where)) for hit in found.hits]
+        _print_table([*head, "perplexity (base)", "decode tok/s"], lines)
+        asked = list(dict.fromkeys(hit.figures.tasks for hit in found.hits if hit.figures.tasks))
+        if len(asked) > 1:
+            told = "; ".join(tasks.replace(",", ", ") for tasks in asked)
+            print(f"accuracies over other tasks do not compare; these are over {told}", file=sys.stderr)
     total = f"more than {found.total:,}" if found.more else f"{found.total:,}"
     entries = "entry" if total == "1" else "entries"
     first = f"{offset + 1}-{offset + len(found.hits)}" if found.hits else "0"
@@ -389,12 +392,13 @@ def best(
     """Of a base model's entries, the best for a target, or with --all all that none beats."""
     from zoo import best as choosing
     from zoo.registry import Query
+    from zoo.search import check_machine
 
     target = _one_of("--optimize", optimize, " ".join(choosing.OPTIMIZED))
     limits = choosing.parse_within(within)
     opened = _open(registry)
     name = _machine_name(machine)
-    machines = None if name is None else [m.fingerprint for m in _check_machine(opened, name)]
+    machine_ = None if name is None else check_machine(name, [opened]).fingerprint
     page = opened.search(Query(bases=(_printable(base),), limit=None))
     if not page.total:
         known = opened.facets().bases
@@ -403,7 +407,7 @@ def best(
             f"no entry of the base model {base!r} in the registry {opened.name}",
             expected=", ".join(near or list(known)[:5]) or "an entry; `zoo run RECIPE` makes one",
         )
-    found = choosing.best(base, page.entries, target, limits, machines)
+    found = choosing.best(base, page.entries, target, limits, machine_)
     if as_json:
         _print_json(found if all_ else found.model_copy(update={"front": found.front[:1]}))
     else:
@@ -1267,18 +1271,6 @@ def _machine_name(name: str | None) -> str | None:
     return this_machine().fingerprint
 
 
-def _check_machine(registry: Registry, name: str) -> list[Machine]:
-    """The machines that `name` means. UsageError if nothing was measured on such a one."""
-    found = registry.machines(name)
-    if not found:
-        known = dict.fromkeys(machine.cpu for machine in registry.machines())
-        raise UsageError(
-            f"nothing in the registry {registry.name} was measured on a machine {name!r}",
-            expected="; ".join(known) or "entries with measured speed",
-        )
-    return found
-
-
 def _one_of(option: str, value: str | None, known: str) -> Any:
     if value is not None and value not in known.split():
         raise UsageError(f"{option} {value!r} is not known", expected=", ".join(known.split()))
@@ -1535,9 +1527,10 @@ def _print_bench(measured: Bench) -> None:
 
 
 def _line(summary: Summary) -> list[str]:
-    from zoo.compare import WEIGHTS, own
+    from zoo.compare import is_perplexity, own
 
-    perplexities = [m for m in own(summary.measurements) if m.metric == "perplexity"]
+    figures = summary.figures
+    perplexities = [m for m in own(summary.measurements) if is_perplexity(m)]
     ours = next((m for m in perplexities if m.subject == "entry"), None)
     base = next((m for m in perplexities if m.subject == "base"), None)
     perplexity = "-"
@@ -1545,21 +1538,21 @@ def _line(summary: Summary) -> list[str]:
         perplexity = f"{ours.value:.2f} at {ours.context_length}" + (
             f" (base {base.value:.2f})" if base else ""
         )
-    smallest = min((a.size for a in summary.artifacts if a.kind in WEIGHTS), default=None)
-    decode = max((b.decode_tokens_per_s for b in summary.benchmarks), default=None)
     return [
         summary.id,
         summary.family,
         summary.status,
         _percent(summary.sparsity),
         f"{summary.bits_per_weight:.3g}",
-        "-" if smallest is None else _size(smallest),
+        "-" if figures.size is None else _size(figures.size),
         perplexity,
-        "-" if decode is None else f"{decode:.1f}",
+        "-" if figures.speed is None else f"{figures.speed:.1f}",
     ]
 
 
 def _hit_line(hit: Hit, where: bool) -> list[str]:
+    from zoo.registry.figures import task_count
+
     figures = hit.figures
     perplexity = "-" if figures.perplexity is None else f"{figures.perplexity:.4g}"
     if figures.base_perplexity is not None:
@@ -1571,7 +1564,7 @@ def _hit_line(hit: Hit, where: bool) -> list[str]:
         _percent(hit.sparsity),
         f"{hit.bits_per_weight:.3g}",
         "-" if figures.size is None else _size(figures.size),
-        "-" if figures.accuracy is None else f"{figures.accuracy:.4f}",
+        "-" if figures.accuracy is None else f"{figures.accuracy:.4f} ({task_count(figures)})",
         perplexity,
         "-" if figures.speed is None else f"{figures.speed:.1f}",
     ]

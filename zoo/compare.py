@@ -9,6 +9,10 @@ from typing import NamedTuple
 from zoo.entry import Artifact, Benchmark, Direction, Entry, Measurement, Record
 
 WEIGHTS = ("safetensors", "compressed-tensors", "gguf", "packed")  # kinds of artifact that hold the model
+# llama.cpp's types that keep a model's output, so that what was measured of the model holds for the file.
+FAITHFUL = ("F32", "BF16", "F16", "Q8_0")
+# Tasks of which the field quotes the length-normalised accuracy; of all others it is the plain one.
+LENGTH_NORMALISED = ("arc_challenge", "hellaswag")
 # What two measurements must share for their values to be compared.
 _PROTOCOL = (
     "metric", "unit", "task", "task_version", "data_revision", "context_length", "stride", "samples",
@@ -28,6 +32,62 @@ def own(measurements: Iterable[Measurement]) -> list[Measurement]:
     llama.cpp's quantizations of it (`gguf_files`).
     """
     return [m for m in measurements if not (m.artifact or "").endswith(".gguf")]
+
+
+def own_forms(artifacts: Iterable[Artifact]) -> list[list[Artifact]]:
+    """The sets of files, of one kind and format each, that are what `own` was measured of.
+
+    The first is the one whose size stands beside these figures: the packed file if there is one, else the
+    smallest that holds the entry's weights unrounded, else Q8_0. Other GGUF types are the model rounded
+    further: they count only where there is nothing else, as of an imported file.
+    """
+
+    def roundings(one: Artifact) -> int:
+        if one.kind == "gguf":
+            return 3 if one.format not in FAITHFUL else 2 if one.format == "Q8_0" else 1
+        return 0 if one.kind == "packed" else 1
+
+    sets: dict[tuple[str, str | None], list[Artifact]] = {}
+    for artifact in artifacts:
+        if artifact.kind in WEIGHTS:
+            sets.setdefault((artifact.kind, artifact.format), []).append(artifact)
+    found = sorted(sets.values(), key=lambda files: (roundings(files[0]), sum(a.size for a in files)))
+    return [files for files in found if roundings(files[0]) <= max(2, roundings(found[0][0]))]
+
+
+def own_benchmarks(artifacts: Iterable[Artifact], benchmarks: Iterable[Benchmark]) -> list[Benchmark]:
+    """Those of files of `own_forms`."""
+    paths = {artifact.path for files in own_forms(artifacts) for artifact in files}
+    return [b for b in benchmarks if b.artifact in paths]
+
+
+def is_accuracy(m: Measurement) -> bool:
+    """Whether it is the accuracy that its task is known by, and that enters a mean: one metric of a task."""
+    return m.metric == ("accuracy_norm" if m.task in LENGTH_NORMALISED else "accuracy")
+
+
+def is_perplexity(m: Measurement) -> bool:
+    """Whether it is a perplexity of a text; some of lm-eval's tasks have one, too, of their questions."""
+    return m.metric == "perplexity" and m.sample_unit == "windows"
+
+
+def accuracies(measurements: Iterable[Measurement]) -> dict[str, Measurement]:
+    """Task -> its accuracy (`is_accuracy`), the first if there are several. Of one subject and file."""
+    found: dict[str, Measurement] = {}
+    for m in filter(is_accuracy, measurements):
+        found.setdefault(m.task, m)
+    return found
+
+
+def mean_accuracy(measurements: Iterable[Measurement]) -> float | None:
+    """The mean of `accuracies` over the tasks, 0 ... 1. Whatever is called a mean accuracy is this."""
+    return mean([m.value for m in accuracies(measurements).values()])
+
+
+def mean(values: Sequence[float]) -> float | None:
+    """None of no values, and where it is not finite."""
+    found = sum(values) / len(values) if values else math.nan
+    return found if math.isfinite(found) else None
 
 
 class Pair(NamedTuple):
@@ -68,14 +128,13 @@ class GgufFile(NamedTuple):
     file: Artifact
     bits_per_weight: float  # all of the file's bytes
     perplexity: Measurement | None
-    accuracies: dict[str, Measurement]  # task -> its metric `accuracy`
+    accuracies: dict[str, Measurement]  # by task
     decode: float | None  # best, tokens/s
 
     @property
     def accuracy(self) -> float | None:
         """Mean over the tasks."""
-        values = [m.value for m in self.accuracies.values()]
-        return sum(values) / len(values) if values else None
+        return mean_accuracy(self.accuracies.values())
 
 
 def gguf_files(entry: Entry) -> list[GgufFile]:
@@ -85,13 +144,12 @@ def gguf_files(entry: Entry) -> list[GgufFile]:
     for file in files:
         measured = [m for m in entry.measurements if m.artifact == file.path]
         speeds = [b.decode_tokens_per_s for b in entry.benchmarks if b.artifact == file.path]
-        texts = (m for m in measured if m.metric == "perplexity" and m.sample_unit == "windows")
         found.append(
             GgufFile(
                 file=file,
                 bits_per_weight=8 * file.size / max(1, entry.parameters),
-                perplexity=next(texts, None),
-                accuracies={m.task: m for m in measured if m.metric == "accuracy"},
+                perplexity=next(filter(is_perplexity, measured), None),
+                accuracies=accuracies(measured),
                 decode=max(speeds, default=None),
             )
         )

@@ -121,9 +121,9 @@ class Stage(Record):
 
 
 class TrainingPoint(Record):
-    """A point on the curve of a recovery training."""
+    """A point on the curve of a recovery training; an entry has those of all trainings in one list."""
 
-    step: int
+    step: int  # this and the next two begin anew with each training
     tokens: int  # trained on so far
     seconds: float  # since the training began
     loss: float

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zoo.entry import Entry, Record, Status
-from zoo.errors import FormatError, HubError
+from zoo.entry import Entry, Machine, Record, Status
+from zoo.errors import FormatError, HubError, UsageError
 from zoo.progress import say
 from zoo.registry import Figures, Query, Registry, Summary, open_registry
+from zoo.registry.figures import task_count
 from zoo.registry.query import largest_first
 
 if TYPE_CHECKING:  # importing these takes longer than a local search
@@ -57,28 +59,62 @@ class Found(Record):
 
 
 def search(query: Query, registry: Registry | None, hub: Hub | None = None) -> Found:
-    """Search the local registry, a Hub, or both. Raises RegistryError, HubError."""
+    """Search the local registry, a Hub, or both. Raises RegistryError, HubError, UsageError."""
     end = None if query.limit is None else query.offset + query.limit
     first = query.model_copy(update={"limit": end, "offset": 0})  # who is not among these comes later in both
     published = _published(hub, query) if hub is not None else {}
-    total, more, hits = 0, False, []
-    known = registry.known(published) if registry is not None else set()
-    if registry is not None:
-        page = registry.search(first)
-        total, more = total + page.total, more or page.more
-        for summary in page.entries:
-            _, there = published.get(summary.id, (None, []))
-            hits.append(_hit(summary, [Place(endpoint=LOCAL, repository=None), *there]))
-    if hub is not None:
-        with tempfile.TemporaryDirectory(prefix="zoo-search-") as folder:
+    with nullcontext() if hub is None else tempfile.TemporaryDirectory(prefix="zoo-search-") as folder:
+        registries = [] if registry is None else [registry]
+        if folder is not None:
             # The same query, in a registry of what is published only: every filter has one meaning.
             remote = open_registry(str(Path(folder) / "registry.db"))
+            known = registry.known(published) if registry is not None else set()
             for entry_id in published.keys() - known:
                 remote.put(published[entry_id][0])
-            page = remote.search(first)
-        total, more = total + page.total, more or page.more
-        hits += [_hit(summary, published[summary.id][1]) for summary in page.entries]
-    return Found(total=total, more=more, hits=_sorted(hits, query)[query.offset : end])
+            registries.append(remote)
+        if query.machine is not None:
+            first = first.model_copy(update={"machine": check_machine(query.machine, registries).fingerprint})
+        pages = [(one is registry, one.search(first)) for one in registries]
+    hits = []
+    for is_local, page in pages:
+        here = [Place(endpoint=LOCAL, repository=None)] if is_local else []
+        for summary in page.entries:
+            _, there = published.get(summary.id, (None, []))
+            hits.append(_hit(summary, [*here, *there]))
+    return Found(
+        total=sum(page.total for _, page in pages),
+        more=any(page.more for _, page in pages),
+        hits=_sorted(hits, query)[query.offset : end],
+    )
+
+
+def check_machine(name: str, registries: Sequence[Registry]) -> Machine:
+    """The one machine that `name` means: the beginning of its fingerprint, or a part of its CPU's name.
+
+    UsageError if nothing was measured on such a one, or on several: their speeds do not compare.
+    """
+    found = _machines(registries, name)
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        raise UsageError(
+            f"nothing in the registry was measured on a machine {name!r}",
+            expected="; ".join(map(_called, _machines(registries))) or "entries with measured speed",
+        )
+    raise UsageError(
+        f"{name!r} may be any of {len(found)} machines, whose speeds do not compare",
+        saw="; ".join(map(_called, found)),
+        expected="one of them",
+        try_=f"--for {found[0].fingerprint[:8]}",
+    )
+
+
+def _machines(registries: Sequence[Registry], name: str | None = None) -> list[Machine]:
+    return list({m.fingerprint: m for one in registries for m in one.machines(name)}.values())
+
+
+def _called(machine: Machine) -> str:
+    return f"{machine.cpu} ({machine.fingerprint[:8]})"
 
 
 def _published(hub: Hub, query: Query) -> dict[str, tuple[Entry, list[Place]]]:
@@ -127,7 +163,7 @@ def _hit(summary: Summary, places: list[Place]) -> Hit:
 
 
 def _sorted(hits: Iterable[Hit], query: Query) -> list[Hit]:
-    """As the registry sorts: best first, who lacks the figure last, then by id."""
+    """As the registry sorts: best first, who lacks the figure last, then by id; accuracies task by task."""
 
     def value(hit: Hit) -> Any:
         plain = {"newest": "created", "id": "id", "bits": "bits_per_weight", "sparsity": "sparsity"}
@@ -138,4 +174,6 @@ def _sorted(hits: Iterable[Hit], query: Query) -> list[Hit]:
     by_id = sorted(hits, key=lambda hit: hit.id)
     known = [hit for hit in by_id if value(hit) is not None]
     known.sort(key=value, reverse=largest_first(query))
+    if query.sort == "accuracy":
+        known.sort(key=lambda hit: (-task_count(hit.figures), hit.figures.tasks or ""))
     return known + [hit for hit in by_id if value(hit) is None]

@@ -2,26 +2,39 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
-from zoo.compare import WEIGHTS, Pair, pairs
-from zoo.entry import Artifact, Entry, Record
+from zoo.compare import (
+    WEIGHTS,
+    Pair,
+    is_accuracy,
+    is_perplexity,
+    mean,
+    mean_accuracy,
+    own_benchmarks,
+    own_forms,
+    pairs,
+)
+from zoo.entry import Entry, Measurement, Record
 
 UNKNOWN = "unknown"  # stands for a method or licence that is not recorded
 DENSE = "dense"  # the pattern of an entry without one
 
 
 class Figures(Record):
-    """An entry in a line. Means and bests serve to find entries; `zoo.compare` says what may be compared."""
+    """An entry in a line. Means and bests serve to find entries; `zoo.compare` says what may be compared.
 
-    size: int | None  # bytes of the smallest complete set of weights: the files of one kind and format
-    accuracy: float | None  # mean of the metric `accuracy` over the tasks, 0 ... 1
+    Quality is that of the entry's own weights or packed file, so size and speed are those of such files.
+    """
+
+    size: int | None  # bytes of the first of `own_forms`
+    accuracy: float | None  # `mean_accuracy`
+    tasks: str | None  # those that it is the mean over, e.g. "arc_easy:500,zoo_choice"; see `_spelled`
     accuracy_delta: float | None  # mean of entry - base over the tasks that both were measured on alike
-    perplexity: float | None  # at the longest context; of those that the base has too, if any
+    perplexity: float | None  # of a text, at the longest context; of those that the base has too, if any
     base_perplexity: float | None  # measured in the same way
-    speed: float | None  # best decode, tokens/s, of any file and machine (of the machine that a query names)
+    speed: float | None  # best decode, tokens/s, of `own_forms`, on any machine (or that a query names)
     method: str  # of the most weights, e.g. "sparsegpt+gptq", or UNKNOWN
     pattern: str  # of the most weights: "unstructured", "8:16" ..., or DENSE
 
@@ -29,15 +42,19 @@ class Figures(Record):
 def figures(entry: Entry) -> Figures:
     """Pure: the same entry gives the same figures."""
     measured = pairs(entry.measurements)
-    by_task = {pair.entry.task: pair for pair in reversed(measured) if pair.entry.metric == "accuracy"}
+    by_task = {pair.entry.task: pair for pair in reversed(measured) if is_accuracy(pair.entry)}
     differences = [p.difference for p in by_task.values() if p.difference is not None]
-    perplexities = [pair for pair in measured if pair.entry.metric == "perplexity"]
+    perplexities = [pair for pair in measured if is_perplexity(pair.entry)]
     perplexity = max(perplexities, key=_preference, default=None)
     base = perplexity and perplexity.base
+    accuracy = mean_accuracy(pair.entry for pair in measured)
+    tasks = ",".join(sorted(_spelled(pair.entry) for pair in by_task.values()))
+    forms = own_forms(entry.artifacts)
     return Figures(
-        size=smallest_size(entry.artifacts),
-        accuracy=_mean([pair.entry.value for pair in by_task.values()]),
-        accuracy_delta=_mean(differences),
+        size=sum(a.size for a in forms[0]) if forms else None,
+        accuracy=accuracy,
+        tasks=None if accuracy is None else tasks,
+        accuracy_delta=mean(differences),
         perplexity=None if perplexity is None else perplexity.entry.value,
         base_perplexity=None if base is None else base.value,
         speed=max(best_speeds(entry).values(), default=None),
@@ -47,21 +64,16 @@ def figures(entry: Entry) -> Figures:
 
 
 def best_speeds(entry: Entry) -> dict[str, float]:
-    """The best decode, tokens/s, on each machine, by its fingerprint."""
+    """The best decode of the entry's own forms, tokens/s, on each machine, by its fingerprint."""
     found: dict[str, float] = {}
-    for b in entry.benchmarks:
+    for b in own_benchmarks(entry.artifacts, entry.benchmarks):
         machine = b.machine.fingerprint
         found[machine] = max(b.decode_tokens_per_s, found.get(machine, b.decode_tokens_per_s))
     return found
 
 
-def smallest_size(artifacts: Iterable[Artifact]) -> int | None:
-    """Bytes of the smallest set of files that holds the whole model; None if there is none."""
-    sizes: Counter[tuple[str, str | None]] = Counter()
-    for artifact in artifacts:
-        if artifact.kind in WEIGHTS:
-            sizes[artifact.kind, artifact.format] += artifact.size
-    return min(sizes.values(), default=None)
+def task_count(found: Figures) -> int:
+    return found.tasks.count(",") + 1 if found.tasks else 0
 
 
 def document(entry: Entry, found: Figures) -> str:
@@ -72,13 +84,13 @@ def document(entry: Entry, found: Figures) -> str:
     return "\n".join(part.lower() for part in parts if part)
 
 
+def _spelled(m: Measurement) -> str:
+    """A task as `benchmarks.accuracy --tasks` takes it: of the first so many questions, with examples."""
+    return m.task + (f":{m.limit}" if m.limit is not None else "") + (f"@{m.few_shot}" if m.few_shot else "")
+
+
 def _preference(pair: Pair) -> tuple[bool, int]:
     return pair.base is not None, pair.entry.context_length or 0
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    mean = sum(values) / len(values) if values else math.nan
-    return mean if math.isfinite(mean) else None
 
 
 def _commonest(named: Iterable[tuple[str | None, int]]) -> str | None:

@@ -111,7 +111,7 @@ class IndexRow(Base):
     A search at 100,000 entries reads these rows only; `entries` with its recipes is twenty times as wide.
     Migration 0002 has the indexes, which differ from database to database: one for each sort, and one of the
     trigrams of `text`, on PostgreSQL pg_trgm's, on SQLite the table `entry_text` of its FTS5, which is why
-    `key` is an integer. Migration 0004 has one of what filters look at.
+    `key` is an integer. Migration 0004 has one of what filters look at, 0006 that of the accuracies.
     """
 
     __tablename__ = "entry_index"
@@ -129,6 +129,8 @@ class IndexRow(Base):
     bits_per_weight: Mapped[float]
     size: Mapped[int | None]
     accuracy: Mapped[float | None]
+    tasks: Mapped[str | None] = mapped_column(PLAIN_TEXT)
+    task_count: Mapped[int] = mapped_column(Integer, server_default="0")
     accuracy_delta: Mapped[float | None]
     perplexity: Mapped[float | None]
     base_perplexity: Mapped[float | None]

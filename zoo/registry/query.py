@@ -45,11 +45,13 @@ class Query(Record):
     max_sparsity: float | None = None
     min_bits: float | None = None  # per weight
     max_bits: float | None = None
-    min_size: int | None = None  # bytes of the smallest runnable form; an entry without files has none
+    min_size: int | None = None  # bytes, as in Figures; an entry without files has none
     max_size: int | None = None
     machine: str | None = None  # measured there: the beginning of a fingerprint, or a part of the CPU's name
-    sort: Sort = "newest"  # best first, as the figure has it; entries without the figure come last
-    reverse: bool = False  # worst first; entries without the figure come last all the same
+    # Best first, as the figure has it; entries without it come last. Of accuracies those over the most tasks
+    # come first, and only such over the same tasks are ranked among each other.
+    sort: Sort = "newest"
+    reverse: bool = False  # worst first, and all else as it is
     limit: int | None = Field(default=50, ge=0)
     offset: int = Field(default=0, ge=0)
 
@@ -100,12 +102,13 @@ def all_sorted(query: Query, database: str, machines: Sequence[str] | None, most
     that `query.machine` means.
     """
     found, figure, speed = _found(query, machines)
-    found = found.add_columns(figure.label("figure"), speed.label("speed"))
+    alike = (IndexRow.task_count, IndexRow.tasks) if query.sort == "accuracy" else ()
+    found = found.add_columns(figure.label("figure"), speed.label("speed"), *alike)
     chosen = found.where(*_conditions(query, database)).limit(most)
     matches = chosen.cte("matches").prefix_with("MATERIALIZED")
     total = select(func.count()).select_from(matches)
     page = select(matches.c.entry_id, matches.c.speed, total.scalar_subquery())
-    return _page(page.order_by(*_order(query, matches.c.figure, matches.c.entry_id)), query)
+    return _page(page.order_by(*_order(query, matches.c.figure, matches.c)), query)
 
 
 def in_order(query: Query, database: str, machines: Sequence[str] | None, most: int | None = None) -> Any:
@@ -134,11 +137,13 @@ def _found(query: Query, machines: Sequence[str] | None) -> tuple[Any, Any, Any]
     return found, speed if query.sort == "speed" else _SORTS[query.sort][0], speed
 
 
-def _order(query: Query, figure: Any, entry_id: Any = IndexRow.entry_id) -> tuple[Any, ...]:
+def _order(query: Query, figure: Any, of: Any = IndexRow) -> tuple[Any, ...]:
+    """`of`: what has the other columns."""
     if query.sort == "id":
-        return (entry_id.desc() if largest_first(query) else entry_id.asc(),)
+        return (of.entry_id.desc() if largest_first(query) else of.entry_id.asc(),)
+    alike = (of.task_count.desc(), of.tasks.asc()) if query.sort == "accuracy" else ()
     direction = figure.desc() if largest_first(query) else figure.asc()
-    return direction.nulls_last(), entry_id
+    return *alike, direction.nulls_last(), of.entry_id
 
 
 def _page(select_: Any, query: Query) -> Any:

@@ -60,7 +60,7 @@ from zoo.entry import (
     Verification,
 )
 from zoo.errors import RegistryError, UsageError
-from zoo.registry.figures import UNKNOWN, Figures, best_speeds, document, figures
+from zoo.registry.figures import UNKNOWN, Figures, best_speeds, document, figures, task_count
 from zoo.registry.leases import Lease, confirm
 from zoo.registry.models import (
     ArtifactRow,
@@ -92,7 +92,7 @@ from zoo.registry.query import (
     matching,
 )
 
-HEAD = "0005"  # the newest revision in migrations/versions; named here so that reading needs no Alembic
+HEAD = "0006"  # the newest revision in migrations/versions; named here so that reading needs no Alembic
 MIGRATIONS = Path(__file__).parent / "migrations"
 BUSY_TIMEOUT_S = 30.0
 _TRIES = 10  # of a put that meets others: each may insert one row first, a machine or the entry
@@ -273,7 +273,7 @@ class Registry:
                         )
 
     def _fill_index(self, session: Session) -> None:
-        """Index the entries that a migration left without: those of an older schema."""
+        """Index the entries that a migration left without: their figures are new, or made otherwise."""
         missing = select(EntryRow.id).outerjoin(IndexRow, IndexRow.entry_id == EntryRow.id)
         for ids in batched(session.scalars(missing.where(IndexRow.key.is_(None))).all(), _BATCH):
             rows = session.scalars(_with_parts(Entry).where(EntryRow.id.in_(ids)))
@@ -586,6 +586,7 @@ def index_values(entry: Entry) -> dict[str, Any]:
         "sparsity": entry.sparsity,
         "bits_per_weight": entry.bits_per_weight,
         "text": document(entry, found),
+        "task_count": task_count(found),
         **found.model_dump(),
     }
 
