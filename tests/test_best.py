@@ -59,6 +59,8 @@ def test_limits(text: str, expected: list[tuple[Any, ...]]) -> None:
         ("ppl<=", ["''"]),
         ("bits<=nan", ["nan"]),
         ("speed>=2x", ["2x", "tok/s"]),
+        ("accuracy>=50", ["0% to 100%"]),
+        ("sparsity>=101%", ["101%", "0% to 100%"]),
         (">=5", [">=5"]),
     ],
 )

@@ -121,7 +121,12 @@ def test_list(url: str) -> None:
     assert as_json("list", "--family", "mpt", url=url) == []
     nothing = zoo("list", "--family", "mpt", url=url)
     assert (nothing.stdout, nothing.returncode) == ("", 0)
-    assert "zoo run" in nothing.stderr
+    assert "none of the 3 entries" in nothing.stderr and "zoo list" in nothing.stderr
+
+
+def test_list_of_an_empty_registry_says_how_to_begin(tmp_path: Path) -> None:
+    open_registry(str(tmp_path / "registry.db"))
+    assert "zoo run RECIPE" in zoo("list", url=str(tmp_path / "registry.db")).stderr
 
 
 def test_show_prints_the_entry(url: str) -> None:
@@ -219,17 +224,62 @@ def test_recipe(tmp_path: Path) -> None:
         (["analyze", "./nothing.gguf"], 2, "./nothing.gguf"),
         (["show", "smollm2-135m-instruct-pruned50-w5"], 1, W4),
         (["compare", W4, "smollm2-135m-instruct-w9"], 1, W8),
+        (["compare", W4, W8, W4], 2, f"{W4} is given twice"),
+        (["card", W4, "--output", "tests"], 2, "tests is a folder"),
+        (["registry", "export", "-o", "tests"], 2, "tests is a folder"),
+        (["jobs", "run", "--junit", "tests"], 2, "tests is a folder"),
+        (["registry", "import", "no-such-file"], 1, "zoo registry export"),
+        (["registry", "import", "README.md"], 1, "zoo registry export"),
+        (["jobs", "plan", "--jobs", "README.md"], 2, "docs/jobs.md"),
+        (["search", "--min-sparsity", "150%"], 2, "0% to 100%"),
+        (["search", "--bits", "-1"], 2, "--bits"),
+        (["pack", W4], 2, f"{W4} is an entry"),
         (["list", "--registry", "/dev/null/registry.db"], 1, "no registry"),
         (["list", "--registry", "nosuchdb://x"], 1, "driver"),
     ],
 )
-def test_failures_say_what_and_how(url: str, arguments: list[str], code: int, told: str) -> None:
+def test_failures_say_what_and_how(
+    url: str, arguments: list[str], code: int, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
     done = zoo(*arguments, url=url)
     assert done.returncode == code, done.stderr
     assert done.stdout == ""
     assert done.stderr.startswith("zoo: ")
     assert told in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["show"],
+        ["analyze"],
+        ["card"],
+        ["compare", W4],
+        ["generate", "--max-tokens", "1"],
+        ["chat"],
+        ["bench"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_an_unknown_id_is_the_same_mistake_to_every_command(
+    url: str, command: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    more = ["a prompt"] if command[0] == "generate" else []
+    done = zoo(*command, "not-anywhere", *more, url=url, ZOO_STORE=str(tmp_path))
+    assert done.returncode == 1, done.stderr
+    assert "no entry" in done.stderr and "not-anywhere" in done.stderr and "zoo list" in done.stderr
+
+
+def test_pack_of_an_entry_says_where_its_folder_is(url: str, tmp_path: Path) -> None:
+    told = zoo("pack", W4, url=url, ZOO_STORE=str(tmp_path)).stderr
+    assert "zoo run" in told and "zoo pack" not in told
+    folder = tmp_path / "entries" / W4
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").touch()
+    assert f"zoo pack {folder} -o " in zoo("pack", W4, url=url, ZOO_STORE=str(tmp_path)).stderr
 
 
 def test_zoo_alone_prints_its_help() -> None:

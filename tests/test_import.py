@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 import torch
 from huggingface_hub import HfApi, constants
@@ -347,5 +348,23 @@ def test_search_finds_what_is_published(hub: client.Hub, registry: Registry, tmp
 
 def test_search_tells_that_a_server_is_not_there(tmp_path: Path) -> None:
     search = Zoo(tmp_path, {"ZOO_REGISTRY": str(tmp_path / "registry.db"), "HF_HUB_OFFLINE": "0"})
-    refused(search("search", "--endpoint", "http://127.0.0.1:9"), 1, "http://127.0.0.1:9")
+    done = search("search", "--endpoint", "http://127.0.0.1:9")
+    refused(done, 1, "http://127.0.0.1:9", "check the connection, and --endpoint")
+    assert done.stderr.startswith("zoo: ") and "goes on" not in done.stderr  # nothing of the library, no lie
     refused(search("search", "--endpoint", "nonsense"), 2, "nonsense")
+
+
+def test_all_pages_of_a_hub_are_asked_for_as_long_as_they_are_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def answer(request: httpx2.Request) -> httpx2.Response:
+        asked.append(request.url)
+        page = int(request.url.params.get("cursor", "0"))
+        headers = {"Link": f'<http://hub.test/api/models?filter=sparse-zoo&cursor={page + 1}>; rel="next"'}
+        return httpx2.Response(200, json=[{"id": f"a/{page}-{i}"} for i in range(3)], headers=headers)
+
+    with httpx2.Client(transport=httpx2.MockTransport(answer)) as session:
+        monkeypatch.setattr(client, "get_session", lambda: session)
+        found = client.published(client.connect("http://hub.test"), 7)
+    assert [model.id for model in found] == [f"a/{n // 3}-{n % 3}" for n in range(8)]
+    assert [url.params["filter"] for url in asked] == ["sparse-zoo"] * 3

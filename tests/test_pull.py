@@ -589,5 +589,5 @@ def test_generate_pulls_by_itself(server: Server, tmp_path: Path) -> None:
     assert json.loads(first.stdout)["ids"] == json.loads(second.stdout)["ids"]
 
     command[4] = "not-anywhere"
-    refused(run(environment), 2, "there is no entry not-anywhere", f"at {server.endpoint}")
-    refused(run(environment | {"HF_HUB_OFFLINE": "1"}), 2, "there is no entry not-anywhere", "HF_HUB_OFFLINE")
+    refused(run(environment), 1, "there is no entry not-anywhere", f"at {server.endpoint}")
+    refused(run(environment | {"HF_HUB_OFFLINE": "1"}), 1, "there is no entry not-anywhere", "HF_HUB_OFFLINE")

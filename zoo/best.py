@@ -130,7 +130,10 @@ def amount(text: str, figure: Figure) -> float:
     if found is None or found["unit"] not in units:
         named = [unit for unit in units if unit]
         raise ValueError("a number" + (f", in {', '.join(named)} or plain" if named else ""))
-    return float(found["number"]) * units[found["unit"]]
+    value = float(found["number"]) * units[found["unit"]]
+    if "%" in units and value > 1:
+        raise ValueError("a share of all: 0 to 1, or 0% to 100%")
+    return value
 
 
 def best(

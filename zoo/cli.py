@@ -50,6 +50,14 @@ app.add_typer(registries, name="registry")
 app.add_typer(tokens, name="token")
 app.add_typer(jobs, name="jobs")
 
+
+def _check_file(path: Path | None) -> Path | None:
+    """UsageError for a folder where a file is to be written."""
+    if path is not None and path.expanduser().is_dir():
+        raise UsageError(f"{path} is a folder", expected="the file to write", try_=f"{path / 'NAME'}")
+    return path
+
+
 RegistryOption = Annotated[
     str,
     typer.Option("--registry", envvar="ZOO_REGISTRY", help="SQLAlchemy URL, or path of an SQLite file."),
@@ -277,7 +285,8 @@ def list_(
     as_json: JsonOption = False,
 ) -> None:
     """List the entries, newest first; failed ones only with --all."""
-    found = _open(registry).entries(
+    opened = _open(registry)
+    found = opened.entries(
         family=_one_of("--family", family, "llama mistral mpt"),
         base_model=base,
         status=_one_of("--status", status, "verified published failed"),
@@ -289,6 +298,8 @@ def list_(
     elif found:
         head = ["id", "family", "status", "sparsity", "bits/weight", "size", "perplexity", "decode tok/s"]
         _print_table(head, [_line(summary) for summary in found])
+    elif count := opened.count():
+        print(f"none of the {count} entries matches; try: zoo list --all", file=sys.stderr)
     else:
         print("no entries; `zoo run RECIPE` makes one", file=sys.stderr)
 
@@ -315,7 +326,7 @@ def search(
         str | None, typer.Option(metavar="SIZE", help="Of its own files at most, e.g. 200MB.")
     ] = None,
     min_sparsity: Annotated[str | None, typer.Option(metavar="S", help="At least, e.g. 50% or 0.5.")] = None,
-    bits: Annotated[float | None, typer.Option(help="Bits per weight at most.")] = None,
+    bits: Annotated[float | None, typer.Option(min=0, help="Bits per weight at most.")] = None,
     sort: Annotated[
         str, typer.Option(help="newest, id, accuracy, perplexity, speed, size, bits or sparsity; best first.")
     ] = "newest",
@@ -484,6 +495,8 @@ def compare(
 
     if len(entry_ids) < 2:
         raise UsageError("there is nothing to compare", saw="one id", expected="two or more")
+    if twice := [entry_id for entry_id in dict.fromkeys(entry_ids) if entry_ids.count(entry_id) > 1]:
+        raise UsageError(f"{twice[0]} is given twice", expected="each id once", try_="zoo list")
     opened = _open(registry)
     rows = comparison.compare([opened.get(entry_id) for entry_id in entry_ids])
     if as_json:
@@ -502,7 +515,9 @@ def compare(
 @app.command()
 def card(
     entry_id: EntryArgument,
-    output: Annotated[Path | None, typer.Option("--output", help="Write here, not to the terminal.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", help="Write here, not to the terminal.", callback=_check_file)
+    ] = None,
     registry: RegistryOption = REGISTRY,
 ) -> None:
     """Print an entry's model card."""
@@ -603,7 +618,8 @@ def bench(
 def pack(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A model folder as the Hub has them.")],
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="Default: packed.safetensors in DIR.")
+        Path | None,
+        typer.Option("-o", "--output", help="Default: packed.safetensors in DIR.", callback=_check_file),
     ] = None,
     bits: Annotated[int, typer.Option(help="Of weights that lie on no grid: 4, 5, 6 or 8.")] = 8,
     group: Annotated[int, typer.Option(help="Columns per scale of those: 32, 64, 128, or 0 for rows.")] = 32,
@@ -626,7 +642,10 @@ def pack(
         _one_of("--layout", layout, "auto dense banded planes mask"),
         None if window is None else _number_of("--window", window, (4, 8, 16)),
     )
-    report = pack_folder(folder.expanduser(), output and output.expanduser(), settings)
+    folder = folder.expanduser()
+    if not folder.exists() and (entry := _recorded(str(folder))) is not None:
+        raise _entry_for_folder(entry)
+    report = pack_folder(folder, output and output.expanduser(), settings)
     if as_json:
         _print_json(report)
     else:
@@ -1000,9 +1019,12 @@ def run_jobs(
     keep_going: Annotated[bool, typer.Option("--keep-going", help="Start others after one failed.")] = False,
     now: Annotated[bool, typer.Option("--now", help="Waiting jobs too, whatever their `every`.")] = False,
     summary: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write the summary here, in Markdown.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Write the summary here, in Markdown.", callback=_check_file),
     ] = None,
-    junit: Annotated[Path | None, typer.Option(metavar="FILE", help="Write JUnit XML here.")] = None,
+    junit: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write JUnit XML here.", callback=_check_file)
+    ] = None,
     executor: Annotated[str, typer.Option(help="Where jobs run: local, or ray.")] = "local",
     address: Annotated[
         str | None, typer.Option(help="Of the Ray cluster; without it RAY_ADDRESS, or this machine.")
@@ -1088,7 +1110,10 @@ def migrate(registry: RegistryOption = REGISTRY) -> None:
 @registries.command()
 def export(
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", metavar="FILE", help="Write here, not to the terminal.")
+        Path | None,
+        typer.Option(
+            "-o", "--output", metavar="FILE", help="Write here, not to the terminal.", callback=_check_file
+        ),
     ] = None,
     registry: RegistryOption = REGISTRY,
 ) -> None:
@@ -1122,7 +1147,13 @@ def import_entries(
     from zoo.registry.transfer import bring_in, read
 
     preferred = _one_of("--prefer", prefer, "newer ours theirs")
-    with sys.stdin.buffer if source == "-" else Path(source).expanduser().open("rb") as file:
+    try:
+        opened = sys.stdin.buffer if source == "-" else Path(source).expanduser().open("rb")
+    except OSError as error:
+        raise ZooError(
+            f"cannot read {source}", saw=error.strerror, try_="`zoo registry export -o FILE` writes one"
+        ) from error
+    with opened as file:
         _print_transferred(bring_in(read(file, source), open_registry(registry), preferred), as_json)
 
 
@@ -1188,7 +1219,8 @@ def _pull_if_absent(target: str, store: Path) -> None:
     except ZooError as error:
         if "/" in target or target.endswith((".gguf", ".safetensors")) or Path(target).expanduser().exists():
             raise
-        absent = error
+        # Not a wrong usage: an id that is not known is the same to every command.
+        absent = ZooError(error.what, saw=error.saw, expected=error.expected, try_=error.try_)
 
     from zoo.hub import client, pull
     from zoo.progress import say
@@ -1199,7 +1231,7 @@ def _pull_if_absent(target: str, store: Path) -> None:
         repository = pull.resolve(hub, target)
     except ZooError as error:
         absent.saw = "; ".join(filter(None, (absent.saw, error.what, error.saw)))
-        if _is_recorded(target):
+        if _recorded(target) is not None:
             absent.what = f"{target} is in the registry, but its files are not in {store}"
             absent.try_ = f"zoo run, with its recipe, makes them: `zoo show {target} --json` has it"
         raise absent from error
@@ -1210,14 +1242,27 @@ def _pull_if_absent(target: str, store: Path) -> None:
     pull.pull(repository, hub, store=store.expanduser(), registry=registry, only="sparse")
 
 
-def _is_recorded(entry_id: str) -> bool:
-    from zoo.registry import open_registry
-
+def _recorded(entry_id: str) -> Entry | None:
+    """The entry of this id in the registry that the environment names, if there is one."""
     try:
-        registry = open_registry(os.environ.get("ZOO_REGISTRY") or REGISTRY, create=False)
-        return registry.find(entry_id) is not None
+        return _open(os.environ.get("ZOO_REGISTRY") or REGISTRY).find(entry_id)
     except ZooError:
-        return False
+        return None
+
+
+def _entry_for_folder(entry: Entry) -> UsageError:
+    """What to say of an entry's id where a model's folder is wanted: where that is, or how to get it."""
+    store = Path(os.environ.get("ZOO_STORE") or STORE).expanduser()
+    kinds = ("safetensors", "compressed-tensors")
+    weights = next((a.path for kind in kinds for a in entry.artifacts if a.kind == kind), "model.safetensors")
+    file = store / "entries" / entry.id / weights
+    if file.exists():
+        try_ = f"zoo pack {file.parent} -o packed.safetensors"
+    elif entry.publications:
+        try_ = f"zoo pull {entry.id} --only safetensors, which prints its folder"
+    else:
+        try_ = f"zoo run, with its recipe, makes the folder: `zoo show {entry.id} --json` has it"
+    return UsageError(f"{entry.id} is an entry, not a folder", expected="a model folder", try_=try_)
 
 
 def _show(text: str) -> None:

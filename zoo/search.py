@@ -6,7 +6,6 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -121,9 +120,7 @@ def _published(hub: Hub, query: Query) -> dict[str, tuple[Entry, list[Place]]]:
     """The entries that zoos published to the Hub, by id, and their repositories; unreadable ones are said."""
     from zoo.hub import client
 
-    with client.told_plainly(hub):
-        listed = hub.api.list_models(filter=client.TAG, full=True)
-        models = list(islice(listed, MAX_REPOSITORIES + 1))
+    models = client.published(hub, MAX_REPOSITORIES)
     if len(models) > MAX_REPOSITORIES:
         say(f"{hub.endpoint} has more than {MAX_REPOSITORIES} entries; only so many are looked at")
         models.pop()
@@ -151,7 +148,7 @@ def _entry(hub: Hub, model: ModelInfo) -> Entry | str:
         data = client.read(hub, model.id, model.sha or "main", manifest, MAX_BYTES)
         entry = parse(data, f"{MANIFEST} of {model.id}").entry
     except (HubError, FormatError) as error:
-        return str(error).replace("\n  ", "; ")
+        return "; ".join(filter(None, (error.what, error.saw)))
     if entry.id != model.id.rpartition("/")[2]:
         return f"{model.id}, whose manifest is of {entry.id}"
     return entry

@@ -104,9 +104,15 @@ def connect(endpoint: str | None = None) -> Hub:
 
 
 @contextmanager
-def told_plainly(hub: Hub, repository: str | None = None, revision: str | None = None) -> Iterator[None]:
-    """Turn what huggingface_hub raises in the block into a HubError that says what to do."""
+def told_plainly(
+    hub: Hub, repository: str | None = None, revision: str | None = None, *, resumes: bool = True
+) -> Iterator[None]:
+    """Turn what huggingface_hub raises in the block into a HubError that says what to do.
+
+    resumes: whether the same command, run again, goes on where it was.
+    """
     what = f"{repository} at {hub.endpoint}" if repository else hub.endpoint
+    again = ": it goes on from here" if resumes else ""
     try:
         yield
     except HFValidationError as error:
@@ -138,12 +144,13 @@ def told_plainly(hub: Hub, repository: str | None = None, revision: str | None =
     except EntryNotFoundError as error:
         raise HubError(f"{what} lacks a file that it lists", saw=_line(str(error))) from error
     except HfHubHTTPError as error:
-        raise _of_status(error, hub, what) from error
+        raise _of_status(error, hub, what, again) from error
     except httpx2.TransportError as error:
         raise HubError(
             f"cannot reach {hub.endpoint}",
             saw=_line(str(error)) or type(error).__name__,
-            try_="check connection and endpoint, and run the same command again: it goes on from here",
+            try_="check the connection, and --endpoint or HF_ENDPOINT, and run the same command again"
+            + again,
         ) from error
     except (httpx2.HTTPError, httpx2.InvalidURL, ValueError, KeyError, TypeError) as error:
         raise HubError(
@@ -157,21 +164,39 @@ def user(hub: Hub) -> str:
     """Whose token it is. HubError if there is none, or it is not accepted."""
     if not hub.has_token:
         raise HubError(f"{hub.endpoint} asks for a token", try_=f"{_token_advice(hub)}, and run again")
-    with told_plainly(hub):
+    with told_plainly(hub, resumes=False):
         return str(hub.api.whoami()["name"])
 
 
 def repositories(hub: Hub, text: str) -> list[str]:
     """Names, sorted, of the first repositories that a zoo published and whose name holds `text`."""
-    # HfApi.list_models would try for 23 seconds to reach a server that is not there.
-    with told_plainly(hub):
-        response = get_session().get(
-            f"{hub.endpoint}/api/models",
-            params={"filter": TAG, "search": text, "limit": 1000},
-            headers=hub.headers,
-        )
+    with told_plainly(hub, resumes=False):
+        return sorted({model.id for model in next(_pages(hub, {"search": text, "limit": "1000"}))})
+
+
+def published(hub: Hub, most: int) -> list[ModelInfo]:
+    """The repositories that zoos published, `most` and one more where there are more. Raises HubError."""
+    found: list[ModelInfo] = []
+    with told_plainly(hub, resumes=False):
+        for page in _pages(hub, {"full": "true"}):
+            found += page
+            if len(found) > most or not page:
+                break
+    return found[: most + 1]
+
+
+def _pages(hub: Hub, asked: Mapping[str, str]) -> Iterator[list[ModelInfo]]:
+    """What a zoo published, page by page, one at least.
+
+    HfApi.list_models would try for 23 seconds to reach a server that is not there, and say so line by line.
+    """
+    url: str | None = f"{hub.endpoint}/api/models"
+    params: dict[str, str] | None = {"filter": TAG, **asked}  # which the next pages' URLs hold
+    while url:
+        response = get_session().get(url, params=params, headers=hub.headers)
         hf_raise_for_status(response)
-        return sorted({str(model["id"]) for model in response.json()})
+        yield [ModelInfo(**{"siblings": None, **model}) for model in response.json()]  # type: ignore[no-untyped-call]
+        url, params = response.links.get("next", {}).get("url"), None
 
 
 def describe(hub: Hub, repository: str, revision: str) -> ModelInfo:
@@ -221,7 +246,7 @@ def _blob(entry: RepoFile) -> Blob:
     return blob
 
 
-def _of_status(error: HfHubHTTPError, hub: Hub, what: str) -> HubError:
+def _of_status(error: HfHubHTTPError, hub: Hub, what: str, again: str) -> HubError:
     status = error.response.status_code
     saw = f"HTTP {status}" + (f": {_told(error)}" if _told(error) else "")
     if status == 401:
@@ -237,7 +262,7 @@ def _of_status(error: HfHubHTTPError, hub: Hub, what: str) -> HubError:
         return HubError(
             f"{hub.endpoint} cannot serve this now",
             saw=saw,
-            try_="the same command later: it goes on from here",
+            try_="the same command later" + again,
         )
     return HubError(f"{what} refuses this", saw=saw)
 

@@ -166,7 +166,12 @@ def load(path: Path) -> tuple[list[Job], Tolerance]:
             try_="name one with --jobs; pipelines/jobs.yaml is the project's own",
         ) from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise JobsError(f"{path} is not YAML", saw=" ".join(str(error).split())[:200]) from error
+        raise JobsError(
+            f"{path} is not YAML",
+            saw=" ".join(str(error).split())[:200],
+            expected="a job list",
+            try_="docs/jobs.md, which has every key; pipelines/jobs.yaml is the project's own",
+        ) from error
     try:
         parsed = JobList.model_validate(data)
     except ValidationError as error:

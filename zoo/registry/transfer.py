@@ -21,6 +21,7 @@ from zoo.registry.registry import Registry, batched
 FORMAT = 1
 MAX_LINE = 64 << 20  # bytes; an entry of a 7B model has some 300 KB
 BATCH = 500  # entries written at once
+_EXPORT = "`zoo registry export -o FILE` writes what this reads; `zoo registry merge` reads another registry"
 Prefer = Literal["ours", "theirs", "newer"]
 
 
@@ -83,18 +84,16 @@ def _parse(line: bytes, where: str) -> dict[str, Any]:
     try:
         value = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise FormatError(f"{where} is not JSON", saw=str(error)[:200]) from error
+        raise FormatError(f"{where} is not JSON", saw=str(error)[:200], try_=_EXPORT) from error
     if not isinstance(value, dict):
-        raise FormatError(f"{where} is not an object", saw=type(value).__name__)
+        raise FormatError(f"{where} is not an object", saw=type(value).__name__, try_=_EXPORT)
     return value
 
 
 def _check_header(value: dict[str, Any], name: str) -> None:
     found = value.get("format")
     if value.get("sparse-zoo") != "registry" or not isinstance(found, int):
-        raise FormatError(
-            f"{name} is not an export of a registry", try_="zoo registry export > FILE makes one"
-        )
+        raise FormatError(f"{name} is not an export of a registry", try_=_EXPORT)
     if found > FORMAT:
         raise FormatError(
             f"{name} was written by a newer zoo",
