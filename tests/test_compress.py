@@ -665,7 +665,7 @@ def test_a_truncated_shard_is_refused_before_anything_is_written(tmp_path: Path)
 
 # --- Memory
 
-WIDTH, INNER, HEADS, WORDS = 4096, 11008, 32, 32000  # of Llama-2-7B
+WIDTH, INNER, HEADS, WORDS = 2048, 5504, 16, 32000  # half as wide as Llama-2-7B
 MEASURED = """
 import json, sys
 from pathlib import Path
@@ -675,7 +675,7 @@ from pipelines import checkpoint
 from pipelines.compress import run_step
 from pipelines.recipe import Step
 
-checkpoint.SHARD_BYTES = 1 << 28  # or the shard being collected, 2 GiB at most, hides the rest
+checkpoint.SHARD_BYTES = 1 << 26  # or the shard being collected, 2 GiB at most, hides the rest
 step = TypeAdapter(Step).validate_python(json.loads(sys.argv[3]))
 windows = torch.randint(0, 32000, (2, 128), generator=torch.Generator().manual_seed(0))
 run_step(step, Path(sys.argv[1]), Path(sys.argv[2]), windows if step.calibrated else None)
@@ -684,8 +684,8 @@ print(next(line.split()[1] for line in status.splitlines() if line.startswith("V
 """
 
 
-def seven_billion_wide(folder: Path, layers: int) -> Path:
-    """A model of Llama-2-7B's width in bfloat16, one shard per layer."""
+def wide_model(folder: Path, layers: int) -> Path:
+    """A wide model in bfloat16, one shard per layer."""
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -739,14 +739,14 @@ def seven_billion_wide(folder: Path, layers: int) -> Path:
 
 @pytest.mark.real
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak memory from /proc")
-@pytest.mark.parametrize("method, fewer, more", [("magnitude", 2, 4), ("wanda", 1, 2)])
+@pytest.mark.parametrize("method, fewer, more", [("magnitude", 2, 8), ("wanda", 1, 5)])
 def test_memory_does_not_grow_with_the_number_of_layers(
     method: str, fewer: int, more: int, tmp_path: Path
 ) -> None:
-    """A layer takes 0.38 GiB in bfloat16, and the solver sees it in float32."""
+    """A layer takes 97 MiB in bfloat16, and the solver sees it in float32."""
     peaks = {}
     for layers in (fewer, more):
-        folder, out = seven_billion_wide(tmp_path / "model", layers), tmp_path / "out"
+        folder, out = wide_model(tmp_path / "model", layers), tmp_path / "out"
         out.mkdir()
         settings = json.dumps(prune(method).model_dump(mode="json"))
         command = [sys.executable, "-c", MEASURED, str(folder), str(out), settings]
@@ -758,5 +758,4 @@ def test_memory_does_not_grow_with_the_number_of_layers(
         shutil.rmtree(out)
         shutil.rmtree(folder)
     print(f"{method}: peak memory in GiB by number of layers: {peaks}")
-    assert peaks[more] < 6
-    assert peaks[more] - peaks[fewer] < 0.35  # less than one layer more, of the shard being collected
+    assert peaks[more] - peaks[fewer] < 0.25  # four or six layers more would be 0.38 GiB at least
