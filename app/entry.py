@@ -196,6 +196,10 @@ def _accuracy(entry: Entry, _: Registry) -> None:
         st.altair_chart(
             charts.loss(training.curve), key=f"loss-{number}", alt="Loss over the tokens trained on"
         )
+        if (run := training.run) is not None:
+            several = f"{run.processes} × " if run.processes > 1 else ""
+            library = f"torch {run.versions['torch']}" if "torch" in run.versions else ""
+            st.caption(escape(", ".join(filter(None, [several + run.device, library, run.ended])), 120))
 
 
 def _gguf_files(entry: Entry) -> None:

@@ -10,14 +10,14 @@ import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from zoo.compare import Pair, describe, gguf_files, gguf_tasks, own, pairs
-from zoo.entry import Artifact, Entry, Layer, Measurement, TrainingPoint
+from zoo.entry import Artifact, Entry, Layer, Measurement, TrainingPoint, TrainingRun, curves
 
 # Licences that the Hub knows by these names; any other is "other" with a name of its own.
 HUB_LICENSES = frozenset(
@@ -25,6 +25,7 @@ HUB_LICENSES = frozenset(
     cc-by-nc-sa-4.0 gpl-2.0 gpl-3.0 agpl-3.0 lgpl-3.0 mpl-2.0 unlicense openrail bigscience-openrail-m
     creativeml-openrail-m bigcode-openrail-m llama2 llama3 llama3.1 llama3.2 llama3.3 gemma""".split()  # noqa: SIM905
 )
+T = TypeVar("T")
 FEW_QUESTIONS = 1000  # below this a 95 % interval of an accuracy is wider than 6 points
 SHORT_CONTEXT = 1024
 CURVE_ROWS = 8  # of the table of a training
@@ -243,6 +244,7 @@ class Training(NamedTuple):
 
     step: int | None  # of the recipe, from 1; None: the base model was trained so before
     curve: list[TrainingPoint]
+    run: TrainingRun | None
 
     @property
     def tokens(self) -> int:
@@ -257,14 +259,15 @@ def trainings(entry: Entry) -> list[Training]:
     """The trainings that led to an entry, its base's among them, in their order: its curve has one after the
     other, and counts anew at the beginning of each. The last are those of the recipe's `recover` steps.
     """
-    curves: list[list[TrainingPoint]] = []
-    for point in entry.training:
-        if not curves or point.tokens <= curves[-1][-1].tokens:
-            curves.append([])
-        curves[-1].append(point)
+    found = curves(entry.training)
     recovers = [number for number, step in enumerate(_steps(entry), 1) if step.get("kind") == "recover"]
-    numbers = [*[None] * len(curves), *recovers][len(recovers) :]
-    return [Training(number, curve) for number, curve in zip(numbers, curves, strict=True)]
+    numbers = _last([*[None] * len(found), *recovers], len(found))
+    runs = _last([*[None] * len(found), *entry.training_runs], len(found))  # older trainings have none
+    return [Training(*one) for one in zip(numbers, found, runs, strict=True)]
+
+
+def _last(values: Sequence[T], count: int) -> Sequence[T]:
+    return values[len(values) - count :]
 
 
 def _steps(entry: Entry) -> list[Mapping[str, Any]]:

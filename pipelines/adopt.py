@@ -16,7 +16,7 @@ from pipelines.checkpoint import Checkpoint
 from pipelines.grids import Grid
 from pipelines.recipe import Prune, Recipe, Recover, Rounding, SparsityPattern, override_of
 from pipelines.recover.student import grids_of, linear_names
-from pipelines.recover.write import earlier
+from pipelines.recover.write import history
 from zoo.entry import Layer
 from zoo.errors import UsageError
 from zoo.files import Store
@@ -49,7 +49,7 @@ def _check(recipe: Recipe, step: Recover, model: Checkpoint, base: Checkpoint) -
     where = model.folder
     if model.shapes() != base.shapes():
         raise UsageError(f"{where} is no model of {recipe.base}", expected="matrices of the same shapes")
-    curve = earlier(where)
+    curve = history(where).training
     budget = step.budget
     rest = curve[-1].tokens - budget.tokens if curve and budget.tokens is not None else -1
     in_time = bool(curve) and budget.seconds is not None and curve[-1].seconds >= budget.seconds

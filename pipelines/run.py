@@ -56,9 +56,9 @@ from pipelines.recipe import (
 from pipelines.recover.resample import alternatives
 from pipelines.recover.tokens import training_tokens
 from pipelines.recover.train import Job, recover, thinned
-from pipelines.recover.write import earlier
+from pipelines.recover.write import history
 from zoo.analyze import analyze, layout_name
-from zoo.entry import Artifact, Benchmark, Entry, Measurement, Stage, Status, Verification
+from zoo.entry import Artifact, Benchmark, Entry, Measurement, Stage, Status, Verification, curves
 from zoo.errors import PatternError, RecipeError, RegistryError
 from zoo.files import (
     Store,
@@ -564,6 +564,7 @@ def _entry(
     failure = failure_of(verifications)
     status: Status = "failed" if failure else "verified"
     analysis = analyze(model)
+    made = history(model)
     entry = Entry(
         id=recipe.name,
         status=status,
@@ -587,7 +588,8 @@ def _entry(
         measurements=measurements,
         benchmarks=benchmarks,
         verifications=verifications,
-        training=thinned(earlier(model)),
+        training=[point for curve in curves(made.training) for point in thinned(curve)],
+        training_runs=made.runs,
         stages=run_.stages,
     )
     place(entry, exports, run_.store)

@@ -15,7 +15,7 @@ from pipelines.adopt import adopt
 from pipelines.checkpoint import Checkpoint
 from pipelines.recipe import load
 from pipelines.recover.__main__ import main
-from pipelines.recover.write import earlier
+from pipelines.recover.write import history
 from tests.process import Zoo
 from tests.test_recover_command import PRUNE, RECOVER, recipe
 from tests.tiny import tiny_llama
@@ -147,7 +147,7 @@ def test_a_budget_in_seconds_is_used_up_to_the_last(base: Path, tmp_path: Path) 
         return recipe(tmp_path, base, steps=[{**RECOVER, "budget": {"seconds": seconds}}])
 
     main(["--model", str(base), "--recipe", str(timed(0.5)), "--out", str(tmp_path / "out")])
-    took = earlier(tmp_path / "out" / "model")[-1].seconds
+    took = history(tmp_path / "out" / "model").training[-1].seconds
     store = Store(tmp_path / "store")
     with pytest.raises(UsageError, match="did not take the recipe's budget"):
         adopt(load(timed(took + 0.001)), tmp_path / "out", store)

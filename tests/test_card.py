@@ -15,7 +15,7 @@ from markdown_it import MarkdownIt
 from cards import render
 from cards.render import figure, kinds_of_layers, limitations, metadata, size, text, trainings
 from tests.example import ARC, PERPLEXITY, entry, layers, measured
-from zoo.entry import Artifact, Entry, Record, TrainingPoint
+from zoo.entry import Artifact, Entry, Record, TrainingPoint, TrainingRun
 
 GOLDEN = Path(__file__).parent / "golden" / "card.md"
 
@@ -222,8 +222,19 @@ def test_trainings_are_told_one_after_the_other() -> None:
         curve(160_000_000, 664, 2),
         curve(35_000_000, 153, 1),
     )
-    one = entry(recipe=RECOVERED, training=of_base + first + second)
+    runs = [
+        TrainingRun(
+            device=f"GPU {n}", processes=n, versions={"torch": f"{n}.0"}, tokens=n, seconds=1, ended="x"
+        )
+        for n in (1, 2)
+    ]
+    one = entry(recipe=RECOVERED, training=of_base + first + second, training_runs=runs)
     assert [(t.step, t.curve) for t in trainings(one)] == [(None, of_base), (2, first), (3, second)]
+    assert [t.run for t in trainings(one)] == [None, *runs], "the base's was before any was recorded"
+    assert re.findall("Trained on (.*) with torch (.*);", render(one)) == [
+        ("GPU 1", "1.0"),
+        ("2 × GPU 2", "2.0"),
+    ]
     card = render(one)
     assert "8 bits and trained on 195 M tokens" in card
     assert "Trained on 195,000,000 tokens in 817 s, in 2 trainings" in card

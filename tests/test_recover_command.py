@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -32,6 +33,7 @@ from tests.process import PATIENCE_S, QUIET, ROOT, Zoo
 from tests.tiny import tiny_llama
 from zoo.errors import RecipeError, SourceError
 from zoo.files import Store
+from zoo.machine import this_machine
 from zoo.registry import open_registry
 
 RECOVER: dict[str, Any] = {
@@ -436,11 +438,15 @@ def test_zoo_run_recovers_and_records_the_curve(base: Path, tmp_path: Path) -> N
     assert entry.status == "verified", entry.failure
     assert [point.step for point in entry.training] == [10, 20, 30]
     assert entry.training[-1].tokens == 128 * 30
+    (run,) = entry.training_runs
+    assert (run.tokens, run.processes, run.versions["torch"]) == (128 * 30, 1, torch.__version__)
+    assert run.device == this_machine().cpu and run.ended <= entry.created
     assert {layer.method for layer in entry.layers} == {"wanda+recover+qat"}
     assert {(layer.bits, layer.group, layer.window) for layer in entry.layers} == {(5, 32, 8)}
     assert not any((store / "training").iterdir()), "no state is left of a training that is done"
     card = (store / "entries" / "tiny-recovered" / "README.md").read_text()
     assert "## Training" in card and "loss over 3,840 tokens" in card
+    assert re.search(rf"^Trained on .* torch {re.escape(torch.__version__)}, .*; it ended", card, re.M)
     bad = zoo(
         "run", path, "--store", store, "--registry", registry, "--set", "steps.1.data.0.source=absent.txt"
     )

@@ -123,6 +123,9 @@ ENTRIES = st.builds(
     training=st.lists(
         built(records.TrainingPoint, terms=st.dictionaries(TEXT, FINITE, max_size=2)), max_size=3
     ),
+    training_runs=st.lists(
+        built(records.TrainingRun, versions=st.dictionaries(TEXT, TEXT, max_size=2)), max_size=3
+    ),
 )
 
 

@@ -5,6 +5,7 @@ The pipeline writes it, the registry stores it, the card and the app show it, `-
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -131,6 +132,27 @@ class TrainingPoint(Record):
     terms: dict[str, float]  # parts of the loss, by name
 
 
+def curves(training: Iterable[TrainingPoint]) -> list[list[TrainingPoint]]:
+    """The curve of each of several trainings, cut where it begins anew."""
+    found: list[list[TrainingPoint]] = []
+    for point in training:
+        if not found or point.tokens <= found[-1][-1].tokens:
+            found.append([])
+        found[-1].append(point)
+    return found
+
+
+class TrainingRun(Record):
+    """On what one training ran, and for how long; trainings of before this was recorded have none."""
+
+    device: str  # name of the GPU, or of the CPU
+    processes: int  # that shared every batch: each a GPU of its own
+    versions: dict[str, str]  # library -> version
+    tokens: int
+    seconds: float
+    ended: str  # ISO 8601, UTC
+
+
 class Publication(Record):
     """Where the entry was pushed to; one commit, tagged."""
 
@@ -168,3 +190,4 @@ class Entry(Record):
     stages: list[Stage] = []
     publications: list[Publication] = []
     training: list[TrainingPoint] = []
+    training_runs: list[TrainingRun] = []

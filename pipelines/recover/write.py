@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import Field
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from pipelines import keys
 from pipelines.checkpoint import COMPRESSION, GRID, Checkpoint, CheckpointWriter, copy_side_files
 from pipelines.grids import Grid
 from pipelines.recipe import Recover, SparsityPattern
@@ -20,9 +23,10 @@ from pipelines.recover.rounding import Rounder, check_exact
 from pipelines.recover.shards import whole
 from pipelines.recover.state import Progress
 from pipelines.recover.student import linear_names, rounders
-from zoo.entry import Layer, TrainingPoint
+from zoo.entry import Layer, Record, TrainingPoint, TrainingRun
 from zoo.errors import NumericsError
 from zoo.files import write_json
+from zoo.machine import this_machine
 
 TRAINING = "training.json"
 
@@ -81,15 +85,29 @@ def write_model(
         save_file({name: stored_grids[name].contiguous() for name in sorted(stored_grids)}, out / GRID)
     records = _records(step, checkpoint, grids, zeros, pruner)
     write_json(out / COMPRESSION, {"layers": [record.model_dump() for record in records]})
-    write_json(out / TRAINING, {"training": [p.model_dump() for p in earlier(source) + progress.curve]})
+    before = history(source)
+    run = TrainingRun(
+        device=torch.cuda.get_device_name() if torch.cuda.is_available() else this_machine().cpu,
+        processes=progress.processes,
+        versions=keys.library_versions(),
+        tokens=progress.tokens,
+        seconds=progress.seconds,
+        ended=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+    after = History(training=before.training + progress.curve, runs=[*before.runs, run])
+    write_json(out / TRAINING, after.model_dump())
 
 
-def earlier(folder: Path) -> list[TrainingPoint]:
-    """The curve of the training that made a folder; empty if none did."""
+class History(Record):
+    """The trainings that made a folder, one after the other."""
+
+    training: list[TrainingPoint] = Field(default_factory=list)  # their curves
+    runs: list[TrainingRun] = Field(default_factory=list)
+
+
+def history(folder: Path) -> History:
     path = folder / TRAINING
-    if not path.is_file():
-        return []
-    return [TrainingPoint.model_validate(point) for point in json.loads(path.read_bytes())["training"]]
+    return History.model_validate_json(path.read_bytes()) if path.is_file() else History()
 
 
 def _rounded(

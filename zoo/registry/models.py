@@ -102,6 +102,9 @@ class EntryRow(Base):
     training: Mapped[list[TrainingRow]] = relationship(
         order_by="TrainingRow.position", lazy="raise", viewonly=True
     )
+    training_runs: Mapped[list[TrainingRunRow]] = relationship(
+        order_by="TrainingRunRow.position", lazy="raise", viewonly=True
+    )
     figures: Mapped[IndexRow] = relationship(lazy="raise", viewonly=True, uselist=False)
 
 
@@ -295,6 +298,19 @@ class TrainingRow(OfEntry, Base):
     loss: Mapped[float]
     learning_rate: Mapped[float]
     terms: Mapped[dict[str, float]]
+
+
+class TrainingRunRow(OfEntry, Base):
+    """On what a training of an entry ran."""
+
+    __tablename__ = "training_runs"
+
+    device: Mapped[str]
+    processes: Mapped[int]
+    versions: Mapped[dict[str, str]]
+    tokens: Mapped[int]
+    seconds: Mapped[float]
+    ended: Mapped[str]
 
 
 class RunRow(Base):

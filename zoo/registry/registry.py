@@ -57,6 +57,7 @@ from zoo.entry import (
     Stage,
     Status,
     TrainingPoint,
+    TrainingRun,
     Verification,
 )
 from zoo.errors import RegistryError, UsageError
@@ -76,6 +77,7 @@ from zoo.registry.models import (
     SpeedRow,
     StageRow,
     TrainingRow,
+    TrainingRunRow,
     VerificationRow,
 )
 from zoo.registry.query import (
@@ -92,7 +94,7 @@ from zoo.registry.query import (
     matching,
 )
 
-HEAD = "0006"  # the newest revision in migrations/versions; named here so that reading needs no Alembic
+HEAD = "0007"  # the newest revision in migrations/versions; named here so that reading needs no Alembic
 MIGRATIONS = Path(__file__).parent / "migrations"
 BUSY_TIMEOUT_S = 30.0
 _TRIES = 10  # of a put that meets others: each may insert one row first, a machine or the entry
@@ -112,6 +114,7 @@ _PARTS: Mapping[str, tuple[type[Record], Any]] = {
     "stages": (Stage, StageRow),
     "publications": (Publication, PublicationRow),
     "training": (TrainingPoint, TrainingRow),
+    "training_runs": (TrainingRun, TrainingRunRow),
 }
 # The records of one row.
 _SINGLE: Mapping[str, type[Record]] = {"machine": Machine, "figures": Figures}
