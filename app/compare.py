@@ -238,7 +238,7 @@ def _downloads(points: Sequence[pareto.Point], drawn: Any, cost: str, metric: st
         try:
             import vl_convert  # noqa: F401
         except ImportError:
-            st.caption("PNG and SVG need `pip install 'sparse-zoo[app]'`.")
+            st.caption("PNG and SVG need `pip install '.[app]'` in a checkout.")
             return
         for form, mime in (("png", "image/png"), ("svg", "image/svg+xml")):
             st.download_button(

@@ -17,7 +17,7 @@ def serve(registry: str, store: Path, host: str, port: int | None) -> NoReturn:
     """Become the server; it ends with Ctrl-C. port: None takes 8501, or the next one that is free."""
     if find_spec("streamlit") is None:
         raise ZooError(
-            "the web app needs streamlit, which is not installed", try_="pip install 'sparse-zoo[app]'"
+            "the web app needs streamlit, which is not installed", try_="pip install '.[app]' in a checkout"
         )
     environment = {
         "ZOO_REGISTRY": registry if "://" in registry else str(Path(registry).expanduser().absolute()),

@@ -41,7 +41,7 @@ def _server() -> Path | str:
     try:
         import psycopg  # noqa: F401
     except ImportError:
-        return "psycopg is not installed: pip install 'sparse-zoo[postgres]'"
+        return "psycopg is not installed: pip install '.[postgres]' in a checkout"
     programs = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda p: float(p.parent.name))
     found = shutil.which("initdb")
     folder = Path(found).parent if found else programs[-1] if programs else None

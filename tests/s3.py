@@ -39,8 +39,8 @@ class Server:
 @contextmanager
 def serving(folder: Path) -> Iterator[Server]:
     """Moto's server with an empty bucket; the test is skipped without it."""
-    pytest.importorskip("moto", reason="needs moto: pip install 'sparse-zoo[dev]'")
-    pytest.importorskip("s3fs", reason="needs s3fs: pip install 'sparse-zoo[s3]'")
+    pytest.importorskip("moto", reason="needs moto: pip install '.[dev]' in a checkout")
+    pytest.importorskip("s3fs", reason="needs s3fs: pip install '.[s3]' in a checkout")
     with (folder / "s3.log").open("w") as log:
         process = subprocess.Popen(
             [sys.executable, "-u", "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"],

@@ -302,7 +302,7 @@ def test_a_missing_extra_is_named() -> None:
     )
     assert done.returncode == 1
     assert "this command needs torch" in done.stderr
-    assert "pip install 'sparse-zoo[pipelines]'" in done.stderr
+    assert "pip install '.[pipelines]' in a checkout" in done.stderr
     assert "Traceback" not in done.stderr
 
 

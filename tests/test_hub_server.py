@@ -614,5 +614,5 @@ def test_without_the_extra_it_says_what_to_install(tmp_path: Path) -> None:
         [sys.executable, "-c", program, "serve", "--store", tmp_path],
         cwd=ROOT, capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
-    assert done.returncode == 1 and "pip install 'sparse-zoo[serve]'" in done.stderr
+    assert done.returncode == 1 and "pip install '.[serve]' in a checkout" in done.stderr
     assert "Traceback" not in done.stderr

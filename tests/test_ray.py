@@ -33,7 +33,7 @@ from zoo.registry import open_registry
 from zoo.registry.leases import held
 from zoo.shared_store import Remote, SharedStore
 
-pytest.importorskip("ray", reason="needs Ray: pip install 'sparse-zoo[ray]'")
+pytest.importorskip("ray", reason="needs Ray: pip install '.[ray]' in a checkout")
 import ray
 from ray.cluster_utils import Cluster
 

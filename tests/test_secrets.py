@@ -208,7 +208,7 @@ def test_a_server_that_repeats_the_token(tmp_path: Path, before: tuple[str, ...]
 
 
 def test_a_password_is_not_in_what_a_failed_connection_says(tmp_path: Path) -> None:
-    pytest.importorskip("psycopg", reason="needs psycopg: pip install 'sparse-zoo[postgres]'")
+    pytest.importorskip("psycopg", reason="needs psycopg: pip install '.[postgres]' in a checkout")
     at_port_1 = f"postgresql+psycopg://zoo:{PASSWORD}@127.0.0.1:1/zoo"
     for url, code in {
         at_port_1: 1,

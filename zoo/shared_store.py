@@ -266,7 +266,7 @@ def _file_system(url: str) -> tuple[Any, str]:
         raise UsageError(
             f"a shared store at {scheme}:// needs another package",
             saw=str(error),
-            try_="pip install 'sparse-zoo[s3]'" if scheme in ("s3", "s3a") else "install it",
+            try_="pip install '.[s3]' in a checkout" if scheme in ("s3", "s3a") else "install it",
         ) from error
     except ValueError as error:
         raise UsageError(

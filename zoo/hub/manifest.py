@@ -122,7 +122,7 @@ def parse(data: bytes, where: str) -> Manifest:
             f"{where} was written by a newer zoo",
             saw=f"format {found}",
             expected=f"at most {FORMAT}",
-            try_="pip install --upgrade sparse-zoo",
+            try_="git pull and pip install . in a checkout",
         )
     try:
         return Manifest.model_validate_json(data, extra="ignore")

@@ -188,7 +188,7 @@ class HubStore:
                     f"{self.root} was written by another version of the zoo",
                     saw=f"tables of version {version}",
                     expected=f"version {VERSION}",
-                    try_="pip install --upgrade 'sparse-zoo[serve]', or name another folder with --store",
+                    try_="git pull, pip install '.[serve]', or name another folder with --store",
                 )
             self.secret: bytes = db.execute("SELECT value FROM secrets").fetchone()["value"]
 

@@ -209,7 +209,7 @@ def open_registry(url: str, *, create: bool = True) -> Registry:
             f"the registry {name} was written by a newer zoo",
             saw=f"schema revision {revision}",
             expected=f"at most {HEAD}",
-            try_="pip install --upgrade sparse-zoo",
+            try_="git pull and pip install . in a checkout",
         )
     if not create:
         raise RegistryError(

@@ -99,7 +99,7 @@ def _check_header(value: dict[str, Any], name: str) -> None:
             f"{name} was written by a newer zoo",
             saw=f"format {found}",
             expected=f"at most {FORMAT}",
-            try_="pip install --upgrade sparse-zoo",
+            try_="git pull and pip install . in a checkout",
         )
 
 

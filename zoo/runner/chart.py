@@ -19,7 +19,7 @@ def check_plot(path: Path) -> None:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise UsageError(
-            "a chart needs matplotlib", saw=str(error), try_="pip install 'sparse-zoo[bench]'"
+            "a chart needs matplotlib", saw=str(error), try_="pip install '.[bench]' in a checkout"
         ) from error
 
 
