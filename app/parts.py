@@ -10,11 +10,11 @@ from pathlib import Path
 import streamlit as st
 
 from app.text import REASON_LIMIT, escape
-from zoo.compare import is_perplexity, own
-from zoo.entry import Measurement, Status
+from zoo.compare import perplexity_of as perplexity_of
+from zoo.entry import Status
 from zoo.errors import ZooError
 from zoo.logs import redact
-from zoo.registry import Registry, Summary, open_registry
+from zoo.registry import Registry, open_registry
 
 REPOSITORY = Path(__file__).parents[1]
 MOST_COMPARED = 6
@@ -102,18 +102,6 @@ def ink() -> str:
 
 def status_badge(status: Status) -> str:
     return STATUS_BADGES[status]
-
-
-def perplexity_of(summary: Summary) -> Measurement | None:
-    """The measurement behind the perplexity in an entry's figures; it says at what context."""
-    return next(
-        (
-            m
-            for m in own(summary.measurements)
-            if m.subject == "entry" and is_perplexity(m) and m.value == summary.figures.perplexity
-        ),
-        None,
-    )
 
 
 def duration(seconds: float) -> str:

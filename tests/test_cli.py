@@ -124,6 +124,21 @@ def test_list(url: str) -> None:
     assert "none of the 3 entries" in nothing.stderr and "zoo list" in nothing.stderr
 
 
+def test_list_sets_no_base_beside_a_perplexity_measured_otherwise(tmp_path: Path) -> None:
+    longer = {**PERPLEXITY, "context_length": 2048}
+    short, long = ({**PERPLEXITY, "context_length": context, "task": "shakespeare"} for context in (64, 128))
+    opened = open_registry(str(tmp_path / "registry.db"))
+    base = measured("base", "perplexity", 25.61, None, **PERPLEXITY)
+    alone = [base, *(measured("entry", "perplexity", v, None, **p) for v, p in ((99, short), (77, long)))]
+    both = [*alone, measured("entry", "perplexity", 20, None, **longer),
+            measured("entry", "perplexity", 30, None, **PERPLEXITY)]  # fmt: skip
+    opened.put(entry("alone", measurements=alone))
+    opened.put(entry("both", measurements=both))
+    lines = {line.split()[0]: line for line in zoo("list", url=opened.name).stdout.splitlines()}
+    assert "77.00 at 128" in lines["alone"] and "base" not in lines["alone"]
+    assert "30.00 at 512 (base 25.61)" in lines["both"]
+
+
 def test_list_of_an_empty_registry_says_how_to_begin(tmp_path: Path) -> None:
     open_registry(str(tmp_path / "registry.db"))
     assert "zoo run RECIPE" in zoo("list", url=str(tmp_path / "registry.db")).stderr
@@ -358,6 +373,34 @@ def test_base_is_shown_only_where_shared() -> None:
     rows = {r.name: r for r in compare([entry("a"), entry("b", base_sha256="0" * 64)])}
     assert rows["arc_easy accuracy, 200 questions"].base is None
     assert rows["arc_easy accuracy, 200 questions"].best == []  # equal
+
+
+def test_rows_of_one_name_say_the_arithmetic() -> None:
+    kernels = ("packed, avx512", "packed, avx2")
+    entries = [
+        entry(
+            f"e{number}",
+            measurements=[
+                measured("entry", "accuracy", 0.5, None, **ARC, dtype=kernel),
+                measured("entry", "perplexity", 30 + number, None, **PERPLEXITY),
+            ],
+        )
+        for number, kernel in enumerate(kernels)
+    ]
+    rows = {row.name: row.values for row in compare(entries)}
+    assert rows["arc_easy accuracy, 200 questions, packed, avx512"] == [0.5, None]
+    assert rows["arc_easy accuracy, 200 questions, packed, avx2"] == [None, 0.5]
+    assert rows["wikitext2_test.tokens perplexity, context 512, 40 windows"] == [30, 31]
+
+
+def test_show_tells_figures_of_different_arithmetic_apart(tmp_path: Path) -> None:
+    opened = open_registry(str(tmp_path / "registry.db"))
+    asked = [
+        measured("entry", "accuracy", 0.5, None, **ARC, dtype=dtype) for dtype in ("float32", "bfloat16")
+    ]
+    opened.put(entry("twice", measurements=asked))
+    told = zoo("show", "twice", url=opened.name).stdout
+    assert "200 questions, float32" in told and "200 questions, bfloat16" in told
 
 
 X86 = (

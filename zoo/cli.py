@@ -1358,7 +1358,7 @@ def _print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def _print_entry(entry: Entry) -> None:
-    from zoo.compare import describe, gguf_files, gguf_tasks, pairs
+    from zoo.compare import descriptions, gguf_files, gguf_tasks, pairs
 
     facts = {
         "id": entry.id,
@@ -1376,9 +1376,11 @@ def _print_entry(entry: Entry) -> None:
     if entry.measurements:
         print()
         lines = []
-        for measured, base in pairs(entry.measurements):
+        found = pairs(entry.measurements)
+        names = descriptions(pair.entry for pair in found)
+        for name, (measured, base) in zip(names, found, strict=True):
             arrow = "↑" if measured.direction == "higher_is_better" else "↓"
-            lines.append([f"{describe(measured)} {arrow}", _value(measured), _value(base)])
+            lines.append([f"{name} {arrow}", _value(measured), _value(base)])
         _print_table(["measured", "entry", "base"], lines)
     if ggufs := gguf_files(entry):
         print()
@@ -1572,17 +1574,15 @@ def _print_bench(measured: Bench) -> None:
 
 
 def _line(summary: Summary) -> list[str]:
-    from zoo.compare import is_perplexity, own
+    from zoo.compare import perplexity_of
 
     figures = summary.figures
-    perplexities = [m for m in own(summary.measurements) if is_perplexity(m)]
-    ours = next((m for m in perplexities if m.subject == "entry"), None)
-    base = next((m for m in perplexities if m.subject == "base"), None)
+    measured = perplexity_of(summary)
     perplexity = "-"
-    if ours is not None:
-        perplexity = f"{ours.value:.2f} at {ours.context_length}" + (
-            f" (base {base.value:.2f})" if base else ""
-        )
+    if measured is not None:
+        perplexity = f"{measured.value:.2f} at {measured.context_length or '?'}"
+        if figures.base_perplexity is not None:
+            perplexity += f" (base {figures.base_perplexity:.2f})"
     return [
         summary.id,
         summary.family,

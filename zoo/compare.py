@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from zoo.entry import Artifact, Benchmark, Direction, Entry, Measurement, Record
+
+if TYPE_CHECKING:  # the registry's figures are made by this module
+    from zoo.registry import Summary
 
 WEIGHTS = ("safetensors", "compressed-tensors", "gguf", "packed")  # kinds of artifact that hold the model
 # llama.cpp's types that keep a model's output, so that what was measured of the model holds for the file.
@@ -69,6 +73,12 @@ def is_accuracy(m: Measurement) -> bool:
 def is_perplexity(m: Measurement) -> bool:
     """Whether it is a perplexity of a text; some of lm-eval's tasks have one, too, of their questions."""
     return m.metric == "perplexity" and m.sample_unit == "windows"
+
+
+def perplexity_of(summary: Summary) -> Measurement | None:
+    """The measurement behind the perplexity in an entry's figures; it says at what context."""
+    ours = (m for m in own(summary.measurements) if m.subject == "entry" and is_perplexity(m))
+    return next((m for m in ours if m.value == summary.figures.perplexity), None)
 
 
 def accuracies(measurements: Iterable[Measurement]) -> dict[str, Measurement]:
@@ -188,14 +198,12 @@ def compare(entries: Sequence[Entry]) -> list[Row]:
         rows.append(_row(name, "byte", "lower_is_better", [_size(e, kind, form) for e in entries]))
     bases = {entry.base_sha256 for entry in entries}
     shared = len(bases) == 1 and None not in bases
-    for key in dict.fromkeys(protocol(pair.entry) for e in entries for pair in pairs(e.measurements)):
+    asked = {protocol(pair.entry): pair.entry for e in entries for pair in pairs(e.measurements)}
+    for (key, one), name in zip(asked.items(), descriptions(asked.values()), strict=True):
         measured = [_measured(entry, key, "entry") for entry in entries]
-        one = next(m for m in measured if m is not None)
         base = next((m for e in entries if (m := _measured(e, key, "base"))), None) if shared else None
         values = [None if m is None else m.value for m in measured]
-        rows.append(
-            _row(describe(one), one.unit, one.direction, values, None if base is None else base.value)
-        )
+        rows.append(_row(name, one.unit, one.direction, values, None if base is None else base.value))
     rows += _rows_of_gguf_files(entries)
     for setting in dict.fromkeys(_setting(e, b) for e in entries for b in e.benchmarks):
         runs = [next((b for b in e.benchmarks if _setting(e, b) == setting), None) for e in entries]
@@ -215,6 +223,13 @@ def describe(m: Measurement) -> str:
         parts.append(f"{m.few_shot}-shot")
     parts.append(f"{m.samples} {m.sample_unit}")
     return ", ".join(parts)
+
+
+def descriptions(measurements: Iterable[Measurement]) -> list[str]:
+    """`describe` of each, with its arithmetic where several are described alike."""
+    described = [(describe(m), m.dtype) for m in measurements]
+    count = Counter(name for name, _ in described)
+    return [name if count[name] == 1 else f"{name}, {dtype}" for name, dtype in described]
 
 
 def _row(
