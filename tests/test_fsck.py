@@ -9,7 +9,9 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,7 @@ import cards
 from tests.example import entry
 from tests.hub import Server, serving
 from tests.job_worker import made_entry, write_jobs
-from zoo.entry import Artifact, Entry
+from zoo.entry import Artifact, Entry, Publication
 from zoo.files import Store, sha256_bytes
 from zoo.fsck import Finding, clean, fsck
 from zoo.hub import client
@@ -282,6 +284,49 @@ def test_a_fetch_that_fails_loses_nothing(published: Zoo) -> None:
     found = check_published(published, repair=True)
     assert [f.repaired for f in found if f.subject == "one/model.safetensors"] == [False]
     assert (published.folder / "entry.json").is_file() and (published.folder / "README.md").is_file()
+
+
+def test_a_place_that_others_named_gets_no_token(published: Zoo, server: Server, tmp_path: Path) -> None:
+    """As an import may bring it: neither in the check of what was published nor in a repair."""
+    seen: list[dict[str, str]] = []
+
+    class Recorder(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            seen.append({name.lower(): value for name, value in self.headers.items()})
+            self.send_error(404)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    recorder = ThreadingHTTPServer(("127.0.0.1", 0), Recorder)
+    threading.Thread(target=recorder.serve_forever, daemon=True).start()
+    endpoint = f"http://127.0.0.1:{recorder.server_port}"
+    elsewhere = Publication(
+        endpoint=endpoint, repository="evil/one", commit="0" * 40, tag="v1", published="2026-01-01T00:00:00Z"
+    )
+    one = published.registry.get("one")
+    published.registry.put(one.model_copy(update={"publications": [*one.publications, elsewhere]}))
+    published.store.discard(published.export)
+    command = [sys.executable, "-m", "zoo.cli", "fsck", "--store", published.store.root]
+    command += ["--registry", tmp_path / "registry.db"]
+    try:
+        for options in (["--published"], ["--repair"]):
+            done = subprocess.run(
+                [*command, *options, "--json"], cwd=ROOT, env=server.environment(tmp_path / "home"),
+                capture_output=True, text=True, check=False,
+            )  # fmt: skip
+            subjects = {f["subject"] for f in json.loads(done.stdout)}
+            assert done.returncode == 1 and seen, done.stderr
+            assert not any("authorization" in headers or server.token in str(headers) for headers in seen)
+            if options == ["--published"]:  # while the server of HF_ENDPOINT gets it, and answers
+                assert subjects == {f"{endpoint}/evil/one@{12 * '0'}"}
+                (published.folder / "model.safetensors").unlink()
+            else:
+                assert subjects == {"one/model.safetensors"}
+            seen.clear()
+    finally:
+        recorder.shutdown()
+        recorder.server_close()
 
 
 def test_the_command(zoo: Zoo, tmp_path: Path) -> None:

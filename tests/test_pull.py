@@ -555,6 +555,17 @@ def test_a_manifest_of_a_newer_zoo_with_more_fields() -> None:
     assert found.entry.id == ID and found.files[0].path == "a"
 
 
+def test_a_manifest_does_not_say_where_it_is_published(hub: client.Hub, here: Shelf) -> None:
+    place = {"endpoint": "http://127.0.0.1:9", "repository": "evil/own-places", "commit": "0" * 40}
+    place |= {"tag": "v1", "published": "2026-01-01T00:00:00Z"}
+    data = hostile(files=[], id="own-places", publications=[place])
+    assert manifest.parse(data, "it").entry.publications == []
+    hub.api.create_repo("evil/own-places")
+    hub.api.upload_file(path_or_fileobj=data, path_in_repo="zoo.json", repo_id="evil/own-places")
+    fetch("evil/own-places", hub, here)
+    assert [p.endpoint for p in here.entry("own-places").publications] == [hub.endpoint]
+
+
 def test_a_manifest_of_another_entry(hub: client.Hub, here: Shelf) -> None:
     for name, data, word in (
         ("impostor", hostile(files=[]), "is of another entry"),

@@ -258,6 +258,20 @@ def test_a_kept_token_goes_to_its_own_endpoint_only(
     assert not client.connect("http://127.0.0.1:9").has_token
 
 
+def test_a_given_token_goes_to_no_endpoint_that_others_named(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", server.token)
+    monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
+    assert client.connect(f"{server.endpoint}/", trusted=False).has_token
+    assert client.connect("http://127.0.0.1:9").has_token
+    assert not client.connect("http://127.0.0.1:9", trusted=False).has_token
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(HubError) as told:
+        client.user(client.connect(server.endpoint, trusted=False))
+    assert f"set HF_ENDPOINT={server.endpoint}" in str(told.value)
+
+
 # --- the command ---
 
 

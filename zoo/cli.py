@@ -7,11 +7,11 @@ import io
 import json
 import os
 import sys
-import unicodedata
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import redirect_stdout, suppress
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
@@ -379,13 +379,13 @@ def search(
         asked = list(dict.fromkeys(hit.figures.tasks for hit in found.hits if hit.figures.tasks))
         if len(asked) > 1:
             told = "; ".join(tasks.replace(",", ", ") for tasks in asked)
-            print(f"accuracies over other tasks do not compare; these are over {told}", file=sys.stderr)
+            _tell(f"accuracies over other tasks do not compare; these are over {told}")
     total = f"more than {found.total:,}" if found.more else f"{found.total:,}"
     entries = "entry" if total == "1" else "entries"
     first = f"{offset + 1}-{offset + len(found.hits)}" if found.hits else "0"
     shown = f"{first} of {total} {entries}"
     further = found.more or found.total > offset + len(found.hits)
-    print(shown + (f"; --offset {offset + limit} shows more" if further else ""), file=sys.stderr)
+    _tell(shown + (f"; --offset {offset + limit} shows more" if further else ""))
 
 
 @app.command()
@@ -926,16 +926,17 @@ def fsck(
     from zoo.shared_store import open_store
 
     opened = _open(registry)
+    connect = partial(client.connect, trusted=False)  # entries may come from others
 
     def fetch(entry: Entry) -> None:
         place = entry.publications[-1]
-        hub = client.connect(place.endpoint)
+        hub = connect(place.endpoint)
         pulling.pull(place.repository, hub, store=store.expanduser(), registry=opened, revision=place.commit)
 
     findings = checking.fsck(
         opened,
         None if no_store else open_store(store.expanduser(), shared_store),
-        client.connect if published else None,
+        connect if published else None,
         repair=repair,
         render=render,
         fetch=fetch,
@@ -1267,9 +1268,9 @@ def _entry_for_folder(entry: Entry) -> UsageError:
 
 def _show(text: str) -> None:
     """Print a piece of a model's text at once; on a terminal without codes that would steer it."""
-    if sys.stdout.isatty():
-        text = "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
-    print(text, end="", flush=True)
+    from zoo.logs import without_controls
+
+    print(without_controls(text) if sys.stdout.isatty() else text, end="", flush=True)
 
 
 def _lines() -> Iterator[str]:
@@ -1334,6 +1335,13 @@ def _print_json(value: Record | Sequence[Record] | dict[str, Any]) -> None:
 
     value = [plain(record) for record in value] if isinstance(value, list) else plain(value)
     print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def _tell(line: str, to: TextIO | None = None) -> None:
+    """Print a line with words of entries, on standard error if not told otherwise."""
+    from zoo.logs import without_controls
+
+    print(without_controls(line), file=to or sys.stderr)
 
 
 def _print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -1637,14 +1645,13 @@ def _print_best(found: Best, whole_front: bool) -> None:
         ["id", "accuracy ↑", "perplexity ↓", "decode tok/s", "size", "bits/weight", "sparsity"], rows
     )
     for figure, how in found.measured.items():
-        print(f"{figure}: {how}")
-    print(
+        _tell(f"{figure}: {how}", sys.stdout)
+    _tell(
         f"{found.considered} entries of {found.base}: {len(found.front)} on the Pareto front of "
-        f"{', '.join(found.axes)}; {found.outside} outside the limits, {len(found.left_out)} not comparable",
-        file=sys.stderr,
+        f"{', '.join(found.axes)}; {found.outside} outside the limits, {len(found.left_out)} not comparable"
     )
     for left in found.left_out[:5]:
-        print(f"  {left.id}: {left.reason}", file=sys.stderr)
+        _tell(f"  {left.id}: {left.reason}")
 
 
 def _value(measured: Measurement | None) -> str:

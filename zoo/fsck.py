@@ -59,8 +59,9 @@ def fsck(
 ) -> list[Finding]:
     """Every inconsistency, repaired where that was asked for and is possible. `store` None: not of the store.
 
-    `hub_of` connects to an endpoint: with it, publications are checked too. `render` makes a card, `fetch`
-    gets an entry's files from where it was published; without them nothing is repaired that way.
+    `hub_of` connects to an endpoint, which may stand in an entry that came from others, so with no token that
+    is not for it: with it, publications are checked too. `render` makes a card, `fetch` gets an entry's files
+    from where it was published; without them nothing is repaired that way.
     """
     findings = []
     for found in _checks(registry, store, hub_of, render, fetch):

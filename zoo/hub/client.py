@@ -72,11 +72,12 @@ class Blob:
         return self.sha256 or self.oid
 
 
-def connect(endpoint: str | None = None) -> Hub:
+def connect(endpoint: str | None = None, *, trusted: bool = True) -> Hub:
     """The Hub at `endpoint`; None takes HF_ENDPOINT, or the public Hub. Sends nothing yet.
 
     The token is HF_TOKEN. That which `hf auth login` kept is sent only to the endpoint it was kept for: the
-    configured one. Raises UsageError for what is no endpoint or no token.
+    configured one. To an endpoint that is not `trusted`, as it stands in data that came from others, no other
+    token is sent either. Raises UsageError for what is no endpoint or no token.
     """
     configured = (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
     endpoint = (endpoint or configured).rstrip("/")
@@ -90,7 +91,7 @@ def connect(endpoint: str | None = None) -> Hub:
             f"{endpoint!a} is not an endpoint",
             expected=f"a URL such as {PUBLIC} or http://127.0.0.1:8000",
         )
-    token = get_token() if endpoint == configured else (os.environ.get("HF_TOKEN") or "").strip() or None
+    token = get_token() if endpoint == configured else _given_token() if trusted else None
     if token is not None and not re.fullmatch(r"[!-~]+", token):
         raise UsageError(
             "the token is not one", saw="spaces or characters that no token has", try_="set HF_TOKEN anew"
@@ -101,6 +102,10 @@ def connect(endpoint: str | None = None) -> Hub:
     if session.timeout == httpx2.Timeout(None):
         session.timeout = TIME_LIMITS
     return Hub(endpoint, HfApi(endpoint=endpoint, token=token or False, library_name="sparse-zoo"))
+
+
+def _given_token() -> str | None:
+    return (os.environ.get("HF_TOKEN") or "").strip() or None
 
 
 @contextmanager
@@ -268,7 +273,11 @@ def _of_status(error: HfHubHTTPError, hub: Hub, what: str, again: str) -> HubErr
 
 
 def _token_advice(hub: Hub) -> str:
-    return "set HF_TOKEN to a token that may" if hub.has_token else "set HF_TOKEN, or `hf auth login`"
+    if hub.has_token:
+        return "set HF_TOKEN to a token that may"
+    if _given_token():  # which this endpoint did not get
+        return f"set HF_ENDPOINT={hub.endpoint}, if you trust it with your token"
+    return "set HF_TOKEN, or `hf auth login`"
 
 
 def _told(error: HfHubHTTPError) -> str | None:

@@ -108,7 +108,8 @@ def _check_storable(value: Any) -> None:
 def parse(data: bytes, where: str) -> Manifest:
     """The manifest in `data`; `where` names it in messages. Fields that a newer zoo added are left out.
 
-    Raises FormatError for whatever is wrong with it.
+    So is what it says of where it was published: only who fetched it knows from where, and later commands
+    connect there. Raises FormatError for whatever is wrong with it.
     """
     try:
         raw: Any = json.loads(data)
@@ -125,10 +126,11 @@ def parse(data: bytes, where: str) -> Manifest:
             try_="git pull and pip install . in a checkout",
         )
     try:
-        return Manifest.model_validate_json(data, extra="ignore")
+        said = Manifest.model_validate_json(data, extra="ignore")
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         place = ".".join(map(str, first["loc"]))
         raise FormatError(
             f"{where} is not a valid manifest", saw=f"{place}: {first['msg']}" if place else first["msg"]
         ) from error
+    return said.model_copy(update={"entry": said.entry.model_copy(update={"publications": []})})
