@@ -310,7 +310,9 @@ def test_model_cards(server: Server, tmp_path: Path) -> None:
             except ValueError: pass
         """,
     )
-    for content in ("---\na: [1\n---\n", "---\n- 1\n---\n", "---\na: 1", "---\nwhen: 2025-99-99\n---\n"):
+    merged = "---\na: &a {b: 1}\nc: {<<: [*a, *a]}\n---\n"
+    broken = ("---\na: [1\n---\n", "---\n- 1\n---\n", "---\na: 1", "---\nwhen: 2025-99-99\n---\n", merged)
+    for content in broken:
         body = json.dumps({"content": content, "repoType": "model"}).encode()
         status, _, answer = ask(server, "POST", "/api/validate-yaml", None, body)
         assert status == 400 and json.loads(answer)["errors"][0]["message"]

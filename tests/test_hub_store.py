@@ -419,16 +419,32 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
 )
 
 
+# Each level merges the one before ten times.
+MERGED = "a0: &a0 {x: 1}\n" + "".join(
+    f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 10)}]}}\n" for n in range(1, 8)
+)
+
+
 @pytest.mark.parametrize(
     "yaml",
-    [BOMB, "a: " + "[" * 5000 + "]" * 5000, "a: &a [*a]", "- 1\n- 2", "a: [1", "a: b: c", "when: 2025-99-99",
-     "n: 0x" + "f" * 5000, "!!python/object/apply:os.system [id]", "{}: 1\n{x: 1}: 2", "a: " + "x" * 300_000],
+    [BOMB, MERGED, "a: " + "[" * 5000 + "]" * 5000, "a: &a [*a]", "- 1\n- 2", "a: [1", "a: b: c",
+     "when: 2025-99-99", "n: 0x" + "f" * 5000, "0x" + "f" * 5000 + ": n", "a: " + "x" * 300_000,
+     "!!python/object/apply:os.system [id]", "{}: 1\n{x: 1}: 2"],
 )  # fmt: skip
 def test_hostile_yaml_is_refused_in_no_time(yaml: str) -> None:
     begun = time.process_time()
     with pytest.raises(FormatError):
         front_matter.card_data(f"---\n{yaml}\n---\n")
     assert time.process_time() - begun < 5
+
+
+def test_anchors_are_read() -> None:
+    yaml = "a: &a [x, y]\nb: *a\n'<<': {c: *a}\n"
+    assert front_matter.card_data(f"---\n{yaml}---\n") == {
+        "a": ["x", "y"],
+        "b": ["x", "y"],
+        "<<": {"c": ["x", "y"]},
+    }
 
 
 def test_card_data_can_always_be_written_as_json() -> None:

@@ -137,6 +137,17 @@ def test_a_folder(sparse_llama: Path, store: Store, registry: Registry) -> None:
     assert [(run.status, run.entry_id) for run in registry.runs()] == [("done", made.id)]
 
 
+@pytest.mark.parametrize(
+    "readme",
+    [b"---\nlicense: [mit\n---\n", b"---\nlicense: 2025-99-99\n---\n", b"---\n\xff: mit\n---\n", b"",
+     b"---\na: &a {license: mit}\n<<: *a\n---\n"],
+)  # fmt: skip
+def test_a_card_that_cannot_be_read_says_nothing(readme: bytes, tmp_path: Path) -> None:
+    folder = tiny_llama(tmp_path / "model")
+    (folder / "README.md").write_bytes(readme)
+    assert (locate(str(folder)).license, locate(str(folder)).base) == (None, None)
+
+
 def test_unstructured_zeros_and_a_dense_model(tmp_path: Path, store: Store, registry: Registry) -> None:
     sparse, dense = tiny_mpt(tmp_path / "sparse-mpt"), tiny_mpt(tmp_path / "dense-mpt")
     prune(sparse, columns=False)

@@ -17,6 +17,7 @@ from zoo.entry import EntryId, Layer
 from zoo.errors import FormatError, SourceError, UsageError
 from zoo.files import sha256_file
 from zoo.formats import SIDE_FILES, check_gguf, check_safetensors, weight_files
+from zoo.hub.front_matter import card_data
 from zoo.progress import say, track
 from zoo.runner.checkpoint import Checkpoint
 
@@ -186,13 +187,11 @@ def _model_names(where: str, there: Sequence[str], files: Sequence[str]) -> list
 
 def _card(path: Path) -> Mapping[str, Any]:
     """The metadata of a model card; empty if there is none that can be read."""
-    from huggingface_hub import ModelCard
-
     if not path.is_file():
         return {}
     try:
-        return dict(ModelCard.load(path).data.to_dict())
-    except (ValueError, OSError, RecursionError):
+        return card_data(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, FormatError):
         return {}
 
 

@@ -5,17 +5,13 @@ A README comes from whoever may push; nothing in it may cost more time or memory
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import yaml
-
 from zoo.errors import FormatError
+from zoo.safe_yaml import safe_yaml
 
-MAX_YAML = 256 * 1024  # bytes
-MAX_VALUES = 50_000  # after aliases are expanded, which JSON does
-MAX_DEPTH = 32
+_WHAT = "the YAML at the head of the README"
 
 # key -> may it be a list too
 _TEXTS = {
@@ -37,42 +33,13 @@ def card_data(readme: str) -> dict[str, Any]:
         return {}
     end = next((i for i, line in enumerate(lines[1:], 1) if line.rstrip() == "---"), None)
     if end is None:
-        raise FormatError("the YAML at the head of the README has no end", expected="a line ---")
-    text = "\n".join(lines[1:end])
-    if len(text) > MAX_YAML:
-        raise FormatError("the YAML at the head of the README is too long", expected=f"{MAX_YAML} bytes")
-    try:
-        loaded = yaml.safe_load(text)
-    except RecursionError as error:
-        raise FormatError("the YAML at the head of the README is nested too deeply") from error
-    except Exception as error:  # beside YAMLError, of impossible dates and numbers, whatever PyYAML runs into
-        raise FormatError("the README does not begin with YAML", saw=" ".join(str(error).split())) from error
+        raise FormatError(f"{_WHAT} has no end", expected="a line ---")
+    loaded = safe_yaml("\n".join(lines[1:end]), _WHAT)
     if loaded is None:
         return {}
     if not isinstance(loaded, dict):
-        raise FormatError("the YAML at the head of the README is not a mapping", saw=type(loaded).__name__)
-    plain: dict[str, Any] = _plain(loaded, [MAX_VALUES], MAX_DEPTH)
-    return plain
-
-
-def _plain(value: Any, left: list[int], depth: int) -> Any:
-    """`value` with nothing in it that JSON does not have; `left` values may still be met."""
-    left[0] -= 1
-    if left[0] < 0 or depth < 0:
-        raise FormatError("the YAML at the head of the README is too large when written out")
-    if isinstance(value, dict):
-        return {str(key): _plain(inner, left, depth - 1) for key, inner in value.items()}
-    if isinstance(value, list | tuple | set):
-        return [_plain(inner, left, depth - 1) for inner in value]
-    if value is None or isinstance(value, bool | str):
-        return value
-    if isinstance(value, int):
-        if abs(value) >= 2**63:
-            raise FormatError("the YAML at the head of the README has a number out of range")
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else str(value)
-    return str(value)  # dates, bytes
+        raise FormatError(f"{_WHAT} is not a mapping", saw=type(loaded).__name__)
+    return loaded
 
 
 def faults(data: Mapping[str, Any]) -> list[str]:
