@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import yaml
+from cards.render import recipe_steps
 
 DONE = {"prune": "pruned", "quantize": "quantized", "recover": "recovered"}
 
@@ -17,13 +17,8 @@ class Made(NamedTuple):
 
 
 def steps(recipe: str) -> list[Made]:
-    """The steps of a resolved recipe, in order; empty if it is not one. Nothing in it is trusted."""
-    try:
-        parsed = yaml.safe_load(recipe)
-    except (yaml.YAMLError, RecursionError):
-        return []
-    listed = parsed.get("steps") if isinstance(parsed, dict) else None
-    return [_made(step) for step in listed if isinstance(step, dict)] if isinstance(listed, list) else []
+    """What the steps of a resolved recipe do, in order; empty if it is not one. Nothing in it is trusted."""
+    return [_made(step) for step in recipe_steps(recipe)]
 
 
 def _made(step: dict[str, Any]) -> Made:

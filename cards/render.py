@@ -7,17 +7,18 @@ import json
 import math
 import re
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from statistics import fmean
 from typing import Any, NamedTuple, TypeVar
 
-import yaml
 from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from zoo.compare import Pair, describe, gguf_files, gguf_tasks, own, pairs
 from zoo.entry import Artifact, Entry, Layer, Measurement, TrainingPoint, TrainingRun, curves
+from zoo.errors import FormatError
+from zoo.safe_yaml import safe_yaml
 
 # Licences that the Hub knows by these names; any other is "other" with a name of its own.
 HUB_LICENSES = frozenset(
@@ -260,7 +261,9 @@ def trainings(entry: Entry) -> list[Training]:
     other, and counts anew at the beginning of each. The last are those of the recipe's `recover` steps.
     """
     found = curves(entry.training)
-    recovers = [number for number, step in enumerate(_steps(entry), 1) if step.get("kind") == "recover"]
+    recovers = [
+        number for number, step in enumerate(recipe_steps(entry.recipe), 1) if step.get("kind") == "recover"
+    ]
     numbers = _last([*[None] * len(found), *recovers], len(found))
     runs = _last([*[None] * len(found), *entry.training_runs], len(found))  # older trainings have none
     return [Training(*one) for one in zip(numbers, found, runs, strict=True)]
@@ -270,19 +273,19 @@ def _last(values: Sequence[T], count: int) -> Sequence[T]:
     return values[len(values) - count :]
 
 
-def _steps(entry: Entry) -> list[Mapping[str, Any]]:
-    """The steps of the entry's recipe; none if it has no recipe that can be read."""
+def recipe_steps(recipe: str) -> list[dict[str, Any]]:
+    """The steps of a resolved recipe, in order; none if it is not one that can be read."""
     try:
-        recipe = yaml.safe_load(entry.recipe)
-    except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: no such date
+        said = safe_yaml(recipe, "the recipe")
+    except FormatError:
         return []
-    steps = recipe.get("steps") if isinstance(recipe, dict) else None
-    return [step for step in steps if isinstance(step, dict)] if isinstance(steps, list) else []
+    found = said.get("steps") if isinstance(said, dict) else None
+    return [step for step in found if isinstance(step, dict)] if isinstance(found, list) else []
 
 
 def _pruned(entry: Entry) -> bool:
     """Whether weights were removed: rounding to few bits makes some zero, too."""
-    of_recipe = any(step.get("kind") == "prune" or step.get("prune") for step in _steps(entry))
+    of_recipe = any(step.get("kind") == "prune" or step.get("prune") for step in recipe_steps(entry.recipe))
     return entry.sparsity > 0 and (of_recipe or any(layer.pattern for layer in entry.layers))
 
 

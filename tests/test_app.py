@@ -468,7 +468,11 @@ def test_a_hostile_entry_breaks_no_page(url: str, page: str) -> None:
 
 def test_steps_of_a_recipe() -> None:
     assert lineage.steps(RECIPE)[0].what == "pruned"
-    for wrong in ("", "a", "[1]", "steps: 3", "steps: [1, x]", "a: [", "[" * 10_000, "steps:\n- kind: [1]\n"):
+    step = "steps: [{kind: prune, pattern: {sparsity: %s}}]"
+    assert lineage.steps(step % 0.5)[0].how == "50% unstructured"
+    merged = "a: &a {kind: prune}\nsteps: [{<<: *a}]"
+    for wrong in ("", "a", "[1]", "steps: 3", "steps: [1, x]", "a: [", "[" * 10_000, "d: 2024-13-45",
+                  "steps:\n- kind: [1]\n", step % ("9" * 400), step % ".inf", merged):  # fmt: skip
         assert all(isinstance(made.what, str) for made in lineage.steps(wrong))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
 from cards import render
-from cards.render import figure, kinds_of_layers, limitations, metadata, size, text, trainings
+from cards.render import figure, kinds_of_layers, limitations, metadata, recipe_steps, size, text, trainings
 from tests.example import ARC, PERPLEXITY, entry, layers, measured
 from zoo.entry import Artifact, Entry, Record, TrainingPoint, TrainingRun
 
@@ -373,6 +374,30 @@ def test_a_recipe_cannot_leave_its_fence() -> None:
     after = seen(render(entry(recipe=recipe)))
     assert "script" not in after.tags
     assert after.tags.count("h1") == 1
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        "d: 2024-13-45",
+        "steps: [",
+        "a0: &a0 {x: 1}\n"
+        + "".join(f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 10)}]}}\n" for n in range(1, 8)),
+    ],
+)
+def test_a_recipe_that_cannot_be_read_has_no_steps(recipe: str) -> None:
+    began = time.process_time()
+    assert recipe_steps(recipe) == []
+    assert recipe in render(entry(recipe=recipe))
+    assert time.process_time() - began < 5
+
+
+def test_every_recipe_of_ours_is_read() -> None:
+    recipes = sorted((Path(__file__).parents[1] / "pipelines" / "recipes").glob("*.yaml"))
+    for recipe in recipes:
+        text = recipe.read_text()
+        assert recipe_steps(text) == yaml.safe_load(text)["steps"], recipe
+    assert recipes
 
 
 def test_shell_commands_are_quoted() -> None:
