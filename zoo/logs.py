@@ -2,7 +2,7 @@
 
 With `zoo --log-json` (or ZOO_LOG_JSON=1, which child processes inherit) everything that is said on standard
 error is one JSON object a line: `time` (UTC), `level`, `event`, `message`, and `job`, `stage`, `seconds`
-where they apply. Everything said or recorded goes through `redact`.
+where they apply. Everything said or recorded goes through `redact`, what a person sees through `shown`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import os
 import re
 import sys
+import unicodedata
 from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -54,6 +55,16 @@ def redact(text: str) -> str:
     for secret in sorted(_known | _of_environment(), key=len, reverse=True):
         text = text.replace(secret, HIDDEN)
     return text
+
+
+def without_controls(text: str) -> str:
+    """The text without what would steer a terminal: all control characters but newline and tab."""
+    return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
+
+
+def shown(text: str) -> str:
+    """The text as it may be shown to a person: without control characters, and without secrets."""
+    return redact(without_controls(text))
 
 
 def line_of_secret(text: str) -> int | None:
@@ -106,9 +117,9 @@ def tell(event: str, message: str, *, level: str = "info", **fields: Any) -> Non
     if is_json():
         write(event, message, level=level, **fields)
     else:
-        print(redact(message), file=sys.stderr, flush=True)
+        print(shown(message), file=sys.stderr, flush=True)
 
 
 def pass_on(line: str) -> None:
     """A line that another process of ours wrote."""
-    print(redact(line), file=sys.stderr, flush=True)
+    print(shown(line), file=sys.stderr, flush=True)

@@ -37,7 +37,7 @@ def say(message: str, event: str = "said", **fields: Any) -> None:
     if logs.is_json():
         logs.write(event, message, **fields)
     else:
-        console.print(logs.redact(message), markup=False)
+        console.print(logs.shown(message), markup=False)
     _log(message)
 
 
@@ -68,16 +68,17 @@ def logged(path: Path) -> Iterator[None]:
 def _log(line: str) -> None:
     for file in _logs:
         with suppress(OSError):  # a full disk: the work itself may need no more of it
-            print(time.strftime("%H:%M:%S"), logs.redact(line), file=file, flush=True)
+            print(time.strftime("%H:%M:%S"), logs.shown(line), file=file, flush=True)
 
 
 def track(items: Iterable[T], description: str, total: int | None = None) -> Generator[T, None, None]:
     """Iterate with a bar and the time left on a terminal; elsewhere a line every 15 seconds."""
     if total is None and isinstance(items, Sized):
         total = len(items)
+    description = logs.shown(description)
     if console.is_terminal and not logs.is_json():
         columns = (
-            TextColumn("  {task.description}"),
+            TextColumn("  {task.description}", markup=False),
             BarColumn(bar_width=28),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
@@ -117,7 +118,7 @@ def _print(line: str) -> None:
     if logs.is_json():
         logs.write("progress", line.strip())
     else:
-        print(logs.redact(line), file=sys.stderr, flush=True)
+        print(logs.shown(line), file=sys.stderr, flush=True)
 
 
 def _lines(
@@ -137,9 +138,10 @@ def _lines(
 @contextmanager
 def transfer(description: str, total: int) -> Iterator[Callable[[int], None]]:
     """Yield what threads call with bytes done (or, negative, undone): a bar with speed and time left."""
+    description = logs.shown(description)
     if console.is_terminal and not logs.is_json():
         columns = (
-            TextColumn("  {task.description}"),
+            TextColumn("  {task.description}", markup=False),
             BarColumn(bar_width=28),
             DownloadColumn(),
             TransferSpeedColumn(),
