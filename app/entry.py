@@ -370,7 +370,7 @@ def _card(entry: Entry, _: Registry) -> None:
     st.download_button(
         "README.md", rendered, "README.md", "text/markdown", icon=":material/download:", on_click="ignore"
     )
-    st.markdown(card(rendered))
+    st.markdown(card(render(entry, details=False)))
 
 
 with kept_view("entry.py", {"tab"}, {"id"}):

@@ -42,13 +42,12 @@ def code(value: object, limit: int = NAME_LIMIT) -> str:
 
 
 def card(rendered: str) -> str:
-    """A model card, as `cards.render` makes it, for Streamlit.
+    """A model card, as `cards.render` makes it without `details`, for Streamlit, which shows no HTML.
 
-    Its text is safe as Markdown of the Hub. Here its metadata and its collapsed table go, as Streamlit shows
-    no HTML, and what only Streamlit reads as markup is escaped.
+    Its text is safe as Markdown of the Hub. Here its metadata goes, and what only Streamlit reads as markup
+    is escaped.
     """
     body = rendered.split("\n---\n", 1)[-1]
-    body = re.sub(r"<details>.*?</details>", "", body, flags=re.DOTALL)
     found, at = [], 0
     for match in _CODE.finditer(body):
         found += [_streamlit_escaped(body[at : match.start()]), match[0]]

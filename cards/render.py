@@ -37,8 +37,11 @@ _METRIC_NAMES = {
 }
 
 
-def render(entry: Entry) -> str:
-    """The card's text, front matter included. Pure: the same entry gives the same card."""
+def render(entry: Entry, *, details: bool = True) -> str:
+    """The card's text, front matter included. Pure: the same entry gives the same card.
+
+    Without `details` the collapsed table of every layer, its only HTML, is left out.
+    """
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         undefined=StrictUndefined,
@@ -59,6 +62,7 @@ def render(entry: Entry) -> str:
     )
     body = environment.get_template("card.md.j2").render(
         entry=entry,
+        details=details,
         summary=_summary(entry),
         kinds=kinds_of_layers(entry.layers),
         pairs=pairs(entry.measurements),

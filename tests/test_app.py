@@ -30,6 +30,7 @@ import streamlit as st
 from streamlit.testing.v1 import AppTest
 
 from app import charts, lineage, pareto, text
+from cards import render
 
 APP = Path(__file__).parents[1] / "app"
 HOSTILE = (
@@ -385,7 +386,10 @@ def hostile(entry_id: str = "a-llama") -> Any:
         recipe=f"name: {HOSTILE!r}\n" + "steps: " + "[" * 2000,
         created=HOSTILE,
         versions={HOSTILE: HOSTILE},
-        layers=[layer.model_copy(update={"method": HOSTILE, "pattern": HOSTILE}) for layer in one.layers],
+        layers=[
+            layer.model_copy(update={"name": f"</details> {HOSTILE}", "method": HOSTILE, "pattern": HOSTILE})
+            for layer in one.layers
+        ],
         artifacts=[
             artifact.model_copy(update={"path": HOSTILE + str(n), "format": HOSTILE})
             for n, artifact in enumerate(one.artifacts)
@@ -424,6 +428,21 @@ def test_escaped_text_is_nothing_but_text(escaped: Any) -> None:
     tokens = parser.parseInline(escaped(HOSTILE, 1000))[0].children or []
     assert {token.type for token in tokens} <= {"text", "code_inline", "text_special"}
     assert "<script>alert(1)</script>" in "".join(token.content for token in tokens)
+
+
+def test_no_name_of_a_layer_or_text_of_a_model_ends_what_the_card_leaves_out() -> None:
+    one = entry()
+    names = ["</details>", "[click](http://h.invalid) ![](http://h.invalid/x.png)"]
+    layers = [layer.model_copy(update={"name": name}) for layer, name in zip(one.layers, names, strict=False)]
+    samples = ["<details>", "````\n</details>\n```\n[click](http://h.invalid)"]
+    checks = [one.verifications[0].model_copy(update={"sample": sample}) for sample in samples]
+    for changes in ({"layers": layers}, {"layers": [], "verifications": checks}):
+        markdown = text.card(render(entry(**changes), details=False))
+        for token in MarkdownIt("gfm-like", {"html": True, "linkify": False}).parse(markdown):
+            for child in [token, *(token.children or [])]:
+                assert child.type not in ("html_block", "html_inline", "image")
+                assert child.attrs.get("href", "#reproduce") == "#reproduce"
+    assert "Every layer" not in text.card(render(one, details=False))
 
 
 def test_long_text_is_cut() -> None:
