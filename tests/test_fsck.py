@@ -10,6 +10,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -20,6 +21,7 @@ import cards
 from tests.example import entry
 from tests.hub import Server, serving
 from tests.job_worker import made_entry, write_jobs
+from tests.proxy import slow_line
 from zoo.entry import Artifact, Entry, Publication
 from zoo.files import Store, sha256_bytes
 from zoo.fsck import Finding, clean, fsck
@@ -245,7 +247,7 @@ def check_published(zoo: Zoo, repair: bool = False) -> list[Finding]:
     def fetch(one: Entry) -> None:
         place = one.publications[-1]
         pulling.pull(place.repository, client.connect(place.endpoint), store=zoo.store.root,
-                     registry=zoo.registry, revision=place.commit)  # fmt: skip
+                     registry=zoo.registry, revision=place.commit, mend=one)  # fmt: skip
 
     return fsck(zoo.registry, zoo.store, client.connect, repair=repair, render=cards.render, fetch=fetch)
 
@@ -284,6 +286,78 @@ def test_a_fetch_that_fails_loses_nothing(published: Zoo) -> None:
     found = check_published(published, repair=True)
     assert [f.repaired for f in found if f.subject == "one/model.safetensors"] == [False]
     assert (published.folder / "entry.json").is_file() and (published.folder / "README.md").is_file()
+
+
+def test_killed_in_a_download_it_goes_on_and_loses_nothing(
+    zoo: Zoo, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    big = os.urandom(4_000_000)
+    (zoo.folder / "big.bin").write_bytes(big)
+    artifact = Artifact(path="big.bin", kind="other", size=len(big), sha256=sha256_bytes(big))
+    zoo.registry.put(zoo.entry.model_copy(update={"artifacts": [*zoo.entry.artifacts, artifact]}))
+    home = tmp_path / "home"
+    with slow_line(server.endpoint, 4e6) as line:
+        environment = server.environment(home) | {"HF_ENDPOINT": line.endpoint}
+        for name in ("HF_ENDPOINT", "HF_TOKEN"):
+            monkeypatch.setenv(name, environment[name])
+        hub, to = client.connect(), f"ns-{os.urandom(4).hex()}"
+        push("one", hub, store=zoo.store.root, registry=zoo.registry, card=cards.render, to=to)
+        assert clean(zoo.check(repair=True)) and zoo.check() == []  # its record names that file now
+        (zoo.folder / "big.bin").unlink()
+        sound = {path: path.read_bytes() for path in zoo.folder.iterdir()}
+        command = [sys.executable, "-m", "zoo.cli", "fsck", "--repair", "--json"]
+        command += ["--store", str(zoo.store.root), "--registry", str(tmp_path / "registry.db")]
+
+        def start() -> subprocess.Popen[str]:
+            return subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            )
+
+        for _ in range(2):
+            process = start()
+            deadline = time.monotonic() + 60
+            while not any(path.stat().st_size for path in home.rglob(f"{artifact.sha256}.incomplete")):
+                assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+                time.sleep(0.002)
+            process.kill()
+            process.communicate()
+            assert {path: path.read_bytes() for path in zoo.folder.iterdir()} == sound
+        out, err = start().communicate()
+    assert [f["repaired"] for f in json.loads(out)] == [True], err
+    assert (zoo.folder / "big.bin").read_bytes() == big and zoo.check() == []
+
+
+def test_a_folder_moved_aside_is_put_back(zoo: Zoo) -> None:
+    """By a process that was killed between the two renames that put a new one in its place."""
+    before = {path.name: path.read_bytes() for path in zoo.folder.iterdir()}
+    zoo.registry.put(
+        zoo.entry.model_copy(update={"publications": [Publication(
+            endpoint="http://127.0.0.1:9", repository="a/one", commit="0" * 40, tag="v1", published="2026"
+        )]})
+    )  # fmt: skip
+    zoo.folder.rename(zoo.folder.with_name(".one.old"))
+    zoo.folder.with_name(".one.new").mkdir()
+    found = {f.subject: f.repair for f in zoo.check()}
+    assert found == {".one.new": "remove it", ".one.old": "put it back as one"}
+    assert clean(zoo.check(repair=True)) and zoo.check() == []
+    assert {path.name: path.read_bytes() for path in zoo.folder.iterdir()} == before
+    shutil.copytree(zoo.folder, zoo.folder.with_name(".one.old"))  # killed after them
+    assert [f.repair for f in zoo.check()] == ["remove it"]
+    assert clean(zoo.check(repair=True)) and zoo.check() == []
+
+
+def test_other_files_than_the_registrys_repair_nothing(published: Zoo, tmp_path: Path) -> None:
+    """Wherever they are published: of a place that others named, anything may come."""
+    one = published.registry.get("one")
+    published.store.discard(published.export)
+    data = b"other weights"
+    other = Artifact(path="model.safetensors", kind="safetensors", size=len(data), sha256=sha256_bytes(data))
+    (published.folder / "model.safetensors").write_bytes(b"damaged")
+    published.registry.put(one.model_copy(update={"artifacts": [other]}))
+    found = check_published(published, repair=True)
+    assert [f.repaired for f in found if f.subject == "one/model.safetensors"] == [False]
+    assert published.registry.get("one").artifacts == [other]
+    assert (published.folder / "model.safetensors").read_bytes() == b"damaged"
 
 
 def test_a_place_that_others_named_gets_no_token(published: Zoo, server: Server, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import os
@@ -446,6 +447,39 @@ def test_another_entry_of_that_id_is_not_replaced_unasked(
     same = shelve(tmp_path / "same", files)
     fetch(ID, hub, same)
     assert same.entry().status == "published" and not (same.folder() / "config.json").is_symlink()
+
+
+def test_files_made_here_are_replaced_by_force_only(
+    hub: client.Hub, cache: Path, tmp_path: Path, files: Path
+) -> None:
+    mine = shelve(tmp_path / "mine", files)
+    damaged = mine.folder() / "config.json"
+    damaged.write_text("{}")
+    for options in ({}, {"force": True, "only": "sparse"}):  # which would leave a part of them
+        fetch(ID, hub, mine, **options)
+        assert damaged.read_text() == "{}" and not damaged.is_symlink()
+    fetch(ID, hub, mine, force=True)
+    assert same_files(mine.entry(), mine.folder())
+
+
+def test_a_folder_left_aside_is_not_lost(
+    hub: client.Hub, cache: Path, tmp_path: Path, files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between the two renames; and then the disk is full."""
+    mine = shelve(tmp_path / "mine", files)
+    mine.folder().rename(mine.folder().with_name(f".{ID}.old"))
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pull, "write_json", full)
+        with pytest.raises(StoreError, match="no space left"):
+            fetch(ID, hub, mine, force=True)
+    assert same_files(mine.entry(), mine.folder())
+    fetch(ID, hub, mine, force=True)
+    assert same_files(mine.entry(), mine.folder())
+    assert [path.name for path in mine.folder().parent.iterdir()] == [ID]
 
 
 def test_closed_doors(

@@ -931,7 +931,14 @@ def fsck(
     def fetch(entry: Entry) -> None:
         place = entry.publications[-1]
         hub = connect(place.endpoint)
-        pulling.pull(place.repository, hub, store=store.expanduser(), registry=opened, revision=place.commit)
+        pulling.pull(
+            place.repository,
+            hub,
+            store=store.expanduser(),
+            registry=opened,
+            revision=place.commit,
+            mend=entry,
+        )
 
     findings = checking.fsck(
         opened,

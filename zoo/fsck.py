@@ -60,8 +60,8 @@ def fsck(
     """Every inconsistency, repaired where that was asked for and is possible. `store` None: not of the store.
 
     `hub_of` connects to an endpoint, which may stand in an entry that came from others, so with no token that
-    is not for it: with it, publications are checked too. `render` makes a card, `fetch` gets an entry's files
-    from where it was published; without them nothing is repaired that way.
+    is not for it: with it, publications are checked too. `render` makes a card, `fetch` puts what was
+    published of an entry in place of its folder, once it has come; without them nothing is repaired that way.
     """
     findings = []
     for found in _checks(registry, store, hub_of, render, fetch):
@@ -166,11 +166,25 @@ def _half_written(store: Store) -> Iterator[_Found]:
                 partial(shutil.rmtree, left),
             )
     for left in sorted((store.root / "entries").glob(".*.*")):
-        if left.name.endswith((".new", ".old")) and not store.is_locked(f"entry-{left.name[1:-4]}"):
+        entry_id = left.name[1:-4]
+        if left.name.endswith((".new", ".old")) and not store.is_locked(f"entry-{entry_id}"):
+            lost = left.name.endswith(".old") and not left.with_name(entry_id).exists()
+            repair = f"put it back as {entry_id}" if lost else "remove it"
             yield _Found(
-                _finding("store", left.name, "was left by a process that is gone", "remove it"),
-                partial(shutil.rmtree, left),
+                _finding("store", left.name, "was left by a process that is gone", repair),
+                partial(_put_back if lost else _remove_left, store, entry_id, left),
             )
+
+
+def _put_back(store: Store, entry_id: str, left: Path) -> None:
+    """Give an entry its folder again, which was moved aside for a new one that never came."""
+    with store.locked(f"entry-{entry_id}"):
+        left.rename(left.with_name(entry_id))
+
+
+def _remove_left(store: Store, entry_id: str, left: Path) -> None:
+    with store.locked(f"entry-{entry_id}"):
+        shutil.rmtree(left)
 
 
 def _objects(store: Store) -> Iterator[_Found]:
@@ -214,7 +228,7 @@ def _entry_files(
         how = "copy it from the stage that made it" if mend else None
         if mend is None and entry.publications and fetch is not None:
             how = f"pull it from {entry.publications[-1].repository}"
-            mend = partial(_fetch, entry, artifact, folder, fetch)
+            mend = partial(_fetch, entry, folder / artifact.path, artifact, fetch)
         if mend is None:
             how = f"zoo pull --force {entry.id}" if entry.publications else _again(entry)
         yield _Found(_finding("store", f"{entry.id}/{artifact.path}", problem, how), mend)
@@ -281,20 +295,9 @@ def _mend_file(entry: Entry, artifact: Artifact, store: Store) -> Callable[[], N
     return None
 
 
-def _fetch(entry: Entry, artifact: Artifact, folder: Path, fetch: Callable[[Entry], None]) -> None:
-    """Replace an entry's folder by what was published of it; if that fails, it stays as it was."""
-    if _wrong(folder / artifact.path, artifact) is None:
-        return  # another file's repair brought it
-    aside = folder.with_name(f".{entry.id}.old")
-    shutil.rmtree(aside, ignore_errors=True)
-    folder.rename(aside)
-    try:
+def _fetch(entry: Entry, path: Path, artifact: Artifact, fetch: Callable[[Entry], None]) -> None:
+    if _wrong(path, artifact) is not None:  # else another file's repair brought it
         fetch(entry)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        aside.rename(folder)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _copy(source: Path, target: Path) -> None:

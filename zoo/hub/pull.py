@@ -102,17 +102,21 @@ def pull(
     only: Only | None = None,
     dest: Path | None = None,
     force: bool = False,
+    mend: Entry | None = None,
 ) -> Pulled:
     """Fetch an entry by its id, or any repository by its name, at a branch, tag or commit.
 
     Into the Hub's cache, or as plain files into `dest`. What is there already is checked and kept, but with
-    `force`. A published entry is also put into the registry, and linked below `store`. Raises ZooError.
+    `force`. A published entry is also put into the registry, and linked below `store`. `mend`: an entry that
+    is damaged here; nothing but its own files takes their place. Raises ZooError.
     """
     source = _look(hub, resolve(hub, target), revision)
     place = _place(source, dest)
     with told_plainly(place.root):
         published = _manifest(source, place, force)
         chosen = _choose(source, published, only)
+        if mend is not None:
+            _refuse_other_files(mend, published, source)
         if published is not None:
             _refuse_other_entry(published.entry, source, store, registry, force)
             publication = _publication(source)
@@ -129,7 +133,8 @@ def pull(
             with atomic_file(place.root / "refs" / source.revision) as temporary:
                 temporary.write_text(source.commit)
     if published is not None:
-        _record(published.entry, publication, source, place, store, registry)
+        anew = mend is not None or (force and only is None)  # in place of files that were made here, too
+        _record(published.entry, publication, source, place, store, registry, anew)
     return Pulled(
         endpoint=hub.endpoint,
         repository=source.repository,
@@ -363,6 +368,17 @@ def _refuse_other_entry(
         )
 
 
+def _refuse_other_files(mend: Entry, published: Manifest | None, source: _Source) -> None:
+    there = None if published is None else (published.entry.id, published.entry.artifacts)
+    if there != (mend.id, mend.artifacts):
+        raise FormatError(
+            f"{source.repository} at {source.commit[:12]} does not hold the files of {mend.id}",
+            saw=f"no {MANIFEST}" if published is None else f"other files, of {published.entry.id}",
+            expected="the sizes and sha256 that the registry says",
+            try_="the recipe makes them again: zoo run RECIPE",
+        )
+
+
 def _known(entry_id: str, store: Path, registry: Registry | None) -> Iterator[Entry]:
     """The entry of this id in the registry, and that in the store."""
     if registry is not None and (recorded := registry.find(entry_id)) is not None:
@@ -399,8 +415,12 @@ def _record(
     place: _Place,
     store: Path,
     registry: Registry | None,
+    anew: bool,
 ) -> None:
-    """Put the entry into the registry, and links to its files into the store, where the runner looks."""
+    """Put the entry into the registry, and links to its files into the store, where the runner looks.
+
+    Of an entry that was made here, of the same content, the files stay, if they are not to be put `anew`.
+    """
     same = (e for e in _known(entry.id, store, registry) if e.artifacts == entry.artifacts)
     known = next((e for e in same if e.status != "failed"), None)
     entry = with_publication(known or entry, publication)  # what was measured here of the same files is kept
@@ -408,10 +428,12 @@ def _record(
         registry.put(entry)
     target = store / "entries" / entry.id
     with Store(store).locked(f"entry-{entry.id}"), told_plainly(target):
-        if target.is_dir() and not _is_pulled(target) and known is not None:
-            return  # made here, of the same content: real files need no links
         fresh, old = (target.with_name(f".{entry.id}.{word}") for word in ("new", "old"))
-        for left in (fresh, old):  # by a process that was killed here
+        if old.is_dir() and not target.exists():  # by a process that was killed below, between two renames
+            old.rename(target)
+        if target.is_dir() and not _is_pulled(target) and known is not None and not anew:
+            return  # made here, of the same content: real files need no links
+        for left in (fresh, old):
             shutil.rmtree(left, ignore_errors=True)
         fresh.mkdir(parents=True)
         for path in source.blobs:
