@@ -253,6 +253,12 @@ def test_recipe(tmp_path: Path) -> None:
         (["pack", W4], 2, f"{W4} is an entry"),
         (["list", "--registry", "/dev/null/registry.db"], 1, "no registry"),
         (["list", "--registry", "nosuchdb://x"], 1, "driver"),
+        (["list", "--registry", "\udcff.db"], 2, "not UTF-8"),
+        (["show", "\udcff"], 1, "UTF-8"),
+        (["list", "\udcff"], 1, "UTF-8"),
+        (["list", "--base", "\udcff"], 1, "UTF-8"),
+        (["push", "\udcff"], 1, "UTF-8"),
+        (["compare", W4, "\udcff"], 1, "UTF-8"),
     ],
 )
 def test_failures_say_what_and_how(
@@ -288,6 +294,25 @@ def test_an_unknown_id_is_the_same_mistake_to_every_command(
     done = zoo(*command, "not-anywhere", *more, url=url, ZOO_STORE=str(tmp_path))
     assert done.returncode == 1, done.stderr
     assert "no entry" in done.stderr and "not-anywhere" in done.stderr and "zoo list" in done.stderr
+
+
+@pytest.mark.parametrize("command", ["generate", "chat", "bench", "analyze", "pack"])
+def test_a_model_that_is_no_unicode_is_refused(url: str, tmp_path: Path, command: str) -> None:
+    more = ["a prompt"] if command == "generate" else []
+    done = zoo(command, "\udcff", *more, url=url, ZOO_STORE=str(tmp_path))
+    assert done.returncode in (1, 2) and done.stdout == ""
+    assert done.stderr.startswith("zoo: ") and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("command", [["card", W4, "--output=~/x"], ["registry", "export", "--output=~/x"]])
+def test_a_file_to_write_may_lie_in_the_home_folder(
+    url: str, tmp_path: Path, command: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = zoo(*command, url=url, HOME=str(tmp_path / "home"))
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+    assert (tmp_path / "home" / "x").stat().st_size
 
 
 def test_pack_of_an_entry_says_where_its_folder_is(url: str, tmp_path: Path) -> None:

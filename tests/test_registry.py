@@ -438,7 +438,7 @@ def test_newer_schema_is_refused(in_sqlite: Registry, tmp_path: Path) -> None:
     with pytest.raises(RegistryError, match="newer zoo") as caught:
         open_registry(str(path))
     assert "9999" in str(caught.value)
-    assert "upgrade" in str(caught.value)
+    assert "git pull" in str(caught.value)
     assert path.read_bytes() == before
 
 

@@ -52,10 +52,11 @@ app.add_typer(jobs, name="jobs")
 
 
 def _check_file(path: Path | None) -> Path | None:
-    """UsageError for a folder where a file is to be written."""
-    if path is not None and path.expanduser().is_dir():
-        raise UsageError(f"{path} is a folder", expected="the file to write", try_=f"{path / 'NAME'}")
-    return path
+    """The file to write, where ~ is the home folder. UsageError if it is a folder."""
+    file = None if path is None else path.expanduser()
+    if file is not None and file.is_dir():
+        raise UsageError(f"{path} is a folder", expected="the file to write", try_=f"{file / 'NAME'}")
+    return file
 
 
 RegistryOption = Annotated[
@@ -576,7 +577,9 @@ def bench(
     keep: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Write the random models here and leave them.")
     ] = None,
-    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw a chart, .png or .svg.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw a chart, .png or .svg.", callback=_check_file)
+    ] = None,
     store: StoreOption = STORE,
     as_json: JsonOption = False,
 ) -> None:
@@ -602,7 +605,7 @@ def bench(
         patterns=contenders.parse_patterns(pattern or [], bits),
         against=parse_against(against) if against else [],
     )
-    with contenders.scratch(store, keep) as folder:
+    with contenders.scratch(store, keep and keep.expanduser()) as folder:
         contenders.check_room(folder, opened, planned, context=settings.context, kv=settings.kv)
         models = [*opened, *contenders.write(folder, planned)]
         measured = benchmark.summarize(benchmark.measure(models, settings), models, settings)
@@ -645,7 +648,7 @@ def pack(
     folder = folder.expanduser()
     if not folder.exists() and (entry := _recorded(str(folder))) is not None:
         raise _entry_for_folder(entry)
-    report = pack_folder(folder, output and output.expanduser(), settings)
+    report = pack_folder(folder, output, settings)
     if as_json:
         _print_json(report)
     else:

@@ -731,6 +731,8 @@ def batched(values: Iterable[V], size: int) -> Iterator[list[V]]:
 
 
 def _parse(url: str) -> URL:
+    if any("\ud800" <= c <= "\udfff" for c in url):  # bytes of an argument that are no UTF-8
+        raise UsageError("the registry's name is not UTF-8", saw=ascii(url), expected="a path or URL that is")
     if "://" not in url:
         url_ = URL.create("sqlite", database=str(Path(url).expanduser()))
     else:
@@ -828,11 +830,11 @@ def _told_plainly(name: str) -> Iterator[None]:
         yield
     except IntegrityError:
         raise
-    except (OverflowError, DataError) as error:  # of SQLite, of others
+    except (OverflowError, UnicodeEncodeError, DataError) as error:  # the last: of others than SQLite
         raise RegistryError(
             f"the registry {name} cannot hold this",
             saw=str(error.orig if isinstance(error, DataError) else error).splitlines()[0],
-            expected="text without NUL, integers of 64 bits",
+            expected="UTF-8 without NUL, integers of 64 bits",
         ) from error
     except DBAPIError as error:
         saw = str(error.orig)
