@@ -9,6 +9,7 @@ import streamlit as st
 from app.parts import (
     MOST_COMPARED,
     compare_link,
+    counted,
     entry_link,
     kept_view,
     no_entries,
@@ -18,7 +19,7 @@ from app.parts import (
 )
 from app.text import escape
 from cards.render import figure, percent, size
-from zoo.registry import Facets, Query, Sort, Summary
+from zoo.registry import Facets, Page, Query, Registry, Sort, Summary
 from zoo.registry.figures import task_count
 
 PER_PAGE = 24
@@ -55,32 +56,38 @@ def page() -> None:
     query = _filters(opened.facets())
     picked = st.container()
     query, view = _order(query)
-    total = opened.search(query.model_copy(update={"limit": 0})).total
-    if not total:
+    guess = st.session_state.get("page", 1)
+    there = _at(opened, query, guess)
+    if not there.total:
         st.info("**Nothing matches.** Remove a filter, or all of them.", icon=":material/search_off:")
         st.button("Clear filters", on_click=_clear, key="clear-here")
         with picked:
             _picks([])
         return
     results = st.container()
-    number = 1
-    if total > PER_PAGE:
+    pages, number = -(-there.total // PER_PAGE), 1
+    if pages > 1:
         with st.container(horizontal_alignment="center"):
-            number = st.pagination(-(-total // PER_PAGE), key="page", bind="query-params")
-    found = opened.search(
-        query.model_copy(update={"limit": PER_PAGE, "offset": PER_PAGE * (number - 1)})
-    ).entries
+            number = st.pagination(pages, key="page", bind="query-params")
+    if number != guess:  # the URL's, or there are fewer pages now
+        there = _at(opened, query, number)
+    found = there.entries
     with picked:
         _picks([summary.id for summary in found])
     with results:
         first = PER_PAGE * (number - 1) + 1
-        st.caption(
-            f"{first:,}–{first + len(found) - 1:,} of {total:,} {'entry' if total == 1 else 'entries'}"
-        )
+        entries = "entry" if there.total == 1 else "entries"
+        others = ": sort or filter to see others" if there.more else ""
+        st.caption(f"{first:,}–{first + len(found) - 1:,} of {counted(there)} {entries}{others}")
         if view == "Table":
             _table(found)
         else:
             _cards(found)
+
+
+def _at(opened: Registry, query: Query, number: int) -> Page:
+    """The page of this number, from 1."""
+    return opened.search(query.model_copy(update={"limit": PER_PAGE, "offset": PER_PAGE * (number - 1)}))
 
 
 def _filters(facets: Facets) -> Query:

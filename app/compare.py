@@ -9,7 +9,7 @@ from typing import Any
 import streamlit as st
 
 from app import charts, pareto
-from app.parts import MOST_COMPARED, entry_link, ink, kept_view, no_entries, registry
+from app.parts import MOST_COMPARED, counted, entry_link, ink, kept_view, no_entries, registry
 from app.text import escape, plain, spreadsheet
 from cards.render import figure, percent, size
 from zoo import compare
@@ -188,7 +188,7 @@ def _pareto(opened: Registry, entries: Sequence[Entry]) -> None:
         "● an entry in the form that its figures are of, ■ an unpruned one in llama.cpp (GGUF types that "
         "keep the model's output only), ◆ the base model in float16, its quality dotted. Filled and joined "
         "by dashes: nothing is better in both. Hover for details, click for the entry."
-        + (f" The {MOST_POINTS} newest of {page_.total:,} entries." if page_.total > MOST_POINTS else "")
+        + (f" The {MOST_POINTS} newest of {counted(page_)} entries." if page_.total > MOST_POINTS else "")
     )
     _downloads(points, charts.pareto(*drawing, "black"), cost, metric_name)
     best = dict.fromkeys(point.id for point in points if point.best and point.kind != "base")

@@ -10,11 +10,12 @@ import streamlit as st
 from app import charts, lineage
 from app.commands import commands
 from app.pareto import setting
-from app.parts import compare_link, entry_link, ink, kept_view, registry, status_badge
+from app.parts import compare_link, counted, entry_link, ink, kept_view, registry, status_badge
 from app.text import REASON_LIMIT, card, code, escape, plain
 from cards.render import figure, kinds_of_layers, measured, percent, size, trainings
 from zoo.compare import describe, gguf_files, gguf_tasks, is_perplexity, pairs
 from zoo.entry import Benchmark, Entry
+from zoo.importing import UNKNOWN
 from zoo.registry import Query, Registry
 from zoo.registry.figures import figures
 
@@ -322,13 +323,8 @@ def _recipe(entry: Entry, opened: Registry) -> None:
             a.format or a.kind for a in entry.artifacts if a.kind not in ("config", "tokenizer", "recipe")
         )
         _step("→ this entry", ", ".join(formats) or "no files", entry.status)
-    near = opened.search(Query(bases=(entry.base_model,), limit=SIBLINGS + 1))
-    others = [summary.id for summary in near.entries if summary.id != entry.id][:SIBLINGS]
-    if others:
-        st.markdown(f"**Of the same base** ({near.total - 1:,} others)")
-        with st.container(horizontal=True):
-            for other in others:
-                entry_link(other)
+    if entry.base_model != UNKNOWN:  # of which nothing says that it is one base
+        _siblings(entry, opened)
     st.markdown("**Recipe**, as resolved; `zoo run recipe.yaml` makes the entry again")
     st.code(entry.recipe[:50_000], language="yaml")
     st.download_button(
@@ -353,6 +349,17 @@ def _recipe(entry: Entry, opened: Registry) -> None:
         )
     made_with = ", ".join(f"{escape(n, 40)} {escape(v, 40)}" for n, v in list(entry.versions.items())[:40])
     st.caption(f"Made with {made_with}.")
+
+
+def _siblings(entry: Entry, opened: Registry) -> None:
+    near = opened.search(Query(bases=(entry.base_model,), limit=SIBLINGS + 1))
+    others = [summary.id for summary in near.entries if summary.id != entry.id][:SIBLINGS]
+    if others:
+        count = counted(near, but=entry.status != "failed")  # a failed one is not found itself
+        st.markdown(f"**Of the same base** ({count} {'other' if count == '1' else 'others'})")
+        with st.container(horizontal=True):
+            for other in others:
+                entry_link(other)
 
 
 def _step(what: str, how: str, more: str = "") -> None:

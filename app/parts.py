@@ -14,7 +14,7 @@ from zoo.compare import perplexity_of as perplexity_of
 from zoo.entry import Status
 from zoo.errors import ZooError
 from zoo.logs import redact
-from zoo.registry import Registry, open_registry
+from zoo.registry import Page, Registry, open_registry
 
 REPOSITORY = Path(__file__).parents[1]
 MOST_COMPARED = 6
@@ -83,6 +83,11 @@ def no_entries() -> None:
         "A registry elsewhere: `zoo app --registry URL`.",
         icon=":material/inventory_2:",
     )
+
+
+def counted(found: Page, but: int = 0) -> str:
+    """How many entries a search found, `but` of them aside; it counts so far only."""
+    return f"more than {found.total:,}" if found.more else f"{found.total - but:,}"
 
 
 def entry_link(entry_id: str, *, icon: str | None = None) -> None:

@@ -19,8 +19,10 @@ from tests.example import RECIPE, entry
 from tests.many import fill
 from tests.tiny import tiny_llama
 from zoo.entry import Stage, TrainingPoint
+from zoo.importing import UNKNOWN
 from zoo.progress import job_log_path, log_path, logged, say
-from zoo.registry import Query, Registry, open_registry
+from zoo.registry import Query, Registry, open_registry, query
+from zoo.registry import registry as registry_
 from zoo.registry.job_runs import Figure, finish, start
 from zoo.registry.leases import Lease, release, take, this_process
 from zoo.runner.pack import Settings, pack_folder
@@ -167,6 +169,30 @@ def test_pages_of_many_entries(url: str) -> None:
     assert second.session_state["page"] == 1  # a filter leads back to the first page
 
 
+def test_more_entries_than_are_counted_are_not_said_to_be_all(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (query, registry_):
+        monkeypatch.setattr(module, "MOST_COUNTED", 30)
+    fill(url, 60)
+    assert "25–48 of more than 30 entries: sort or filter to see others" in said(shown(page="2"))
+    assert "Of the same base** (2 others)" in said(siblings(url, 3))
+    assert "Of the same base** (more than 30 others)" in said(siblings(url, 32))
+
+
+def test_browse_searches_once(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(url, 60)
+    asked = []
+    search = Registry.search
+    monkeypatch.setattr(Registry, "search", lambda self, of: (asked.append(of), search(self, of))[1])
+    test = shown(sort="id")
+    assert len(asked) == 1
+    first = links(test)
+    test.session_state["page"] = 2
+    test.run()
+    assert len(asked) == 2 and not set(links(test)) & set(first)
+
+
 def test_the_table_has_a_line_per_entry(url: str) -> None:
     filled(url)
     table = shown(view="Table").dataframe[0].value
@@ -235,6 +261,33 @@ def test_files_are_listed_with_their_whole_sha256(url: str) -> None:
     open_registry(url).put(one)
     table = shown("entry", id="a-llama", tab="Files").dataframe[0].value
     assert list(table["sha256"]) == [artifact.sha256 for artifact in one.artifacts]
+
+
+def siblings(url: str, count: int, **changes: Any) -> AppTest:
+    """The lineage of the first of so many entries of one base, of which the others are newer."""
+    registry = open_registry(url)
+    created = "2025-11-21T13:00:00Z"  # before the others
+    registry.put(
+        entry("first", base_model="hub:a/base", base_repository="a/base", created=created, **changes)
+    )
+    registry.put_all(
+        entry(f"other-{n}", base_model="hub:a/base", base_repository="a/base") for n in range(count - 1)
+    )
+    return shown("entry", id="first", tab="Recipe")
+
+
+@pytest.mark.parametrize(("status", "failure"), [("verified", None), ("failed", "it broke")])
+def test_others_of_the_same_base_are_counted(url: str, status: str, failure: str | None) -> None:
+    """However many are newer, and whether or not the entry itself would be found."""
+    assert "Of the same base** (1 other)" in said(siblings(url, 2, status=status, failure=failure))
+    assert "Of the same base** (10 others)" in said(siblings(url, 11, status=status, failure=failure))
+
+
+def test_an_unknown_base_is_nothing_in_common(url: str) -> None:
+    registry = open_registry(url)
+    for name in ("one", "two"):
+        registry.put(entry(name, base_model=UNKNOWN, base_repository=None))
+    assert "Of the same base" not in said(shown("entry", id="one", tab="Recipe"))
 
 
 def test_an_unknown_entry_names_the_nearest(url: str) -> None:
