@@ -219,6 +219,17 @@ def test_an_entry_is_not_held_against_a_base_measured_otherwise(tmp_path: Path) 
     assert best("x", summaries(tmp_path, entries), "accuracy", []).front[0].id == "alone"
 
 
+def test_of_a_packed_file_s_accuracy_a_number_is_asked_for(tmp_path: Path) -> None:
+    asked = [
+        measured("base", "accuracy", 0.5, None, **ARC),
+        measured("entry", "accuracy", 0.49, None, **ARC, dtype="packed, avx512"),
+    ]
+    listed = summaries(tmp_path, [entry("packed", measurements=asked)])
+    with pytest.raises(ZooError, match="packed file it never is: give a number"):
+        best("x", listed, "accuracy", parse_within("accuracy>=0.9*base"))
+    assert best("x", listed, "accuracy", parse_within("accuracy>=0.45")).front[0].id == "packed"
+
+
 def fast(name: str, speed: float, cpu: str = MACHINE.cpu, threads: int = 2) -> Entry:
     machine = MACHINE.model_copy(update={"cpu": cpu, "fingerprint": sha256_bytes(cpu.encode())})
     run = entry().benchmarks[0].model_dump() | {

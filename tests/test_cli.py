@@ -524,5 +524,13 @@ def test_examples_find_something_in_the_repositorys_registry(arguments: list[str
     assert (done.returncode, len(done.stdout.splitlines()) > 1) == (0, True), done.stderr
 
 
+def test_the_example_in_the_help_of_best_finds_something() -> None:
+    found = re.search(r'E\.g\.\s+"(\S+)"', zoo("best", "--help").stdout)
+    assert found
+    base = ["--base", "HuggingFaceTB/SmolLM2-135M-Instruct"]
+    done = zoo("best", *base, "--within", found[1], url=str(ROOT / "registry.db"))
+    assert done.returncode == 0, done.stderr
+
+
 def test_there_are_examples_of_each() -> None:
     assert {arguments[0] for arguments in examples()} == {"list", "search", "best"}

@@ -91,7 +91,7 @@ class Best(Record):
 
 
 def parse_within(text: str) -> list[Constraint]:
-    """The constraints of e.g. "accuracy>=0.98*base,size<=200MB". UsageError says which part is not one."""
+    """The constraints of e.g. "ppl<=1.1*base,size<=200MB". UsageError says which part is not one."""
     if not text.strip():
         return []
     return [_constraint(part.strip(), text) for part in text.split(",")]
@@ -101,7 +101,7 @@ def _constraint(part: str, whole: str) -> Constraint:
     def refuse(what: str, expected: str) -> UsageError:
         return UsageError(f"--within {whole!r}: {what}", saw=part or "nothing", expected=expected)
 
-    example = 'such as "accuracy>=0.98*base,size<=200MB"'
+    example = 'such as "ppl<=1.1*base,size<=200MB"'
     if (found := _CONSTRAINT.fullmatch(part)) is None:
         raise refuse("a part is no constraint", f"FIGURE>=VALUE or FIGURE<=VALUE, {example}")
     name = {"perplexity": "ppl"}.get(found["figure"], found["figure"])
@@ -307,7 +307,11 @@ def _missing(
             return f"{reason}; it was as {_describe(other)}" + (f": see --for {machine}" if elsewhere else "")
     for constraint in within:
         if constraint.of_base and getattr(candidate, f"base_{constraint.figure}") is None:
-            return f"its base's {constraint.figure} was not measured in the same way"
+            figure = constraint.figure
+            return (
+                f"its base's {figure} was not measured in the same way, as for the {figure} of a packed file "
+                "it never is: give a number instead"
+            )
     return None
 
 

@@ -394,7 +394,7 @@ def best(
     base: Annotated[str, typer.Option(help="Base model, by its source or repository.")],
     optimize: Annotated[str, typer.Option(help="accuracy, speed, size or ppl.")] = "accuracy",
     within: Annotated[
-        str, typer.Option(metavar="LIMITS", help='E.g. "accuracy>=0.98*base,size<=200MB".')
+        str, typer.Option(metavar="LIMITS", help='E.g. "ppl<=1.1*base,size<=200MB".')
     ] = "",
     machine: MachineOption = None,
     all_: Annotated[bool, typer.Option("--all", help="The whole Pareto front.")] = False,
