@@ -277,7 +277,9 @@ def adopt(
 
 @app.command("list")
 def list_(
-    text: Annotated[str | None, typer.Argument(metavar="[TEXT]", help="Part of an id or base model.")] = None,
+    text: Annotated[
+        str | None, typer.Argument(metavar="[TEXT]", help="Words of a name, base, method, format ...")
+    ] = None,
     family: Annotated[str | None, typer.Option(help="llama, mistral or mpt.")] = None,
     base: Annotated[str | None, typer.Option(help="Base model, as `zoo show` names it.")] = None,
     status: Annotated[str | None, typer.Option(help="verified, published or failed.")] = None,
@@ -393,9 +395,7 @@ def search(
 def best(
     base: Annotated[str, typer.Option(help="Base model, by its source or repository.")],
     optimize: Annotated[str, typer.Option(help="accuracy, speed, size or ppl.")] = "accuracy",
-    within: Annotated[
-        str, typer.Option(metavar="LIMITS", help='E.g. "ppl<=1.1*base,size<=200MB".')
-    ] = "",
+    within: Annotated[str, typer.Option(metavar="LIMITS", help='E.g. "ppl<=1.1*base,size<=200MB".')] = "",
     machine: MachineOption = None,
     all_: Annotated[bool, typer.Option("--all", help="The whole Pareto front.")] = False,
     registry: RegistryOption = REGISTRY,
