@@ -12,7 +12,7 @@ from typing import NamedTuple
 import yaml
 from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
 
-from zoo.compare import own
+from zoo.compare import is_accuracy, own
 from zoo.entry import Measurement
 
 FOLDER = ".eval_results"
@@ -21,20 +21,20 @@ FOLDER = ".eval_results"
 class Benchmark(NamedTuple):
     dataset: str  # on the Hub
     task: str  # within it
-    metric: str  # of ours: the one by which the benchmark is known
+    metric: str | None = None  # of ours: the one by which it is known; None: its accuracy (`is_accuracy`)
 
 
 # lm-eval's task -> the benchmark
 BENCHMARKS: Mapping[str, Benchmark] = {
-    "arc_challenge": Benchmark("allenai/ai2_arc", "ARC-Challenge", "accuracy_norm"),
-    "arc_easy": Benchmark("allenai/ai2_arc", "ARC-Easy", "accuracy_norm"),
+    "arc_challenge": Benchmark("allenai/ai2_arc", "ARC-Challenge"),
+    "arc_easy": Benchmark("allenai/ai2_arc", "ARC-Easy"),
     "gsm8k": Benchmark("openai/gsm8k", "gsm8k", "exact_match"),
-    "hellaswag": Benchmark("Rowan/hellaswag", "hellaswag", "accuracy_norm"),
+    "hellaswag": Benchmark("Rowan/hellaswag", "hellaswag"),
     "humaneval": Benchmark("openai/openai_humaneval", "openai_humaneval", "pass@1"),
-    "lambada_openai": Benchmark("EleutherAI/lambada_openai", "lambada_openai", "accuracy"),
-    "mmlu": Benchmark("cais/mmlu", "mmlu", "accuracy"),
+    "lambada_openai": Benchmark("EleutherAI/lambada_openai", "lambada_openai"),
+    "mmlu": Benchmark("cais/mmlu", "mmlu"),
     "mmlu_pro": Benchmark("TIGER-Lab/MMLU-Pro", "mmlu_pro", "exact_match"),
-    "winogrande": Benchmark("allenai/winogrande", "winogrande_xl", "accuracy"),
+    "winogrande": Benchmark("allenai/winogrande", "winogrande_xl"),
 }
 
 
@@ -43,7 +43,9 @@ def eval_results(measurements: Iterable[Measurement], date: str) -> dict[str, by
     files = {}
     for m in own(measurements):
         benchmark = BENCHMARKS.get(m.task)
-        if m.subject != "entry" or benchmark is None or m.limit is not None or m.metric != benchmark.metric:
+        if m.subject != "entry" or benchmark is None or m.limit is not None:
+            continue
+        if not (is_accuracy(m) if benchmark.metric is None else m.metric == benchmark.metric):
             continue
         result = EvalResultEntry(
             dataset_id=benchmark.dataset,
