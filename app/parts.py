@@ -15,6 +15,7 @@ from zoo.entry import Status
 from zoo.errors import ZooError
 from zoo.logs import redact
 from zoo.registry import Page, Registry, open_registry
+from zoo.registry.registry import HEAD
 
 REPOSITORY = Path(__file__).parents[1]
 MOST_COMPARED = 6
@@ -35,7 +36,18 @@ RUN_BADGES = {
 
 def registry() -> Registry:
     """The registry that ZOO_REGISTRY names, or the repository's own. RegistryError if it cannot be read."""
-    return open_registry(os.environ.get("ZOO_REGISTRY") or str(REPOSITORY / "registry.db"), create=False)
+    url = os.environ.get("ZOO_REGISTRY") or str(REPOSITORY / "registry.db")
+    if "://" not in url or url.startswith("sqlite"):  # a file is quick to open, and may come and go
+        return _open(url)
+    # A server's connections are kept, and shared by all who look.
+    kept: Registry = st.cache_resource(
+        _open, validate=lambda opened: opened.revision() == HEAD, show_spinner=False
+    )(url)
+    return kept
+
+
+def _open(url: str) -> Registry:
+    return open_registry(url, create=False)
 
 
 def store_folder() -> Path:

@@ -17,6 +17,7 @@ from markdown_it import MarkdownIt
 
 from tests.example import RECIPE, entry
 from tests.many import fill
+from tests.postgres import database
 from tests.tiny import tiny_llama
 from zoo.entry import Stage, TrainingPoint
 from zoo.importing import UNKNOWN
@@ -31,7 +32,7 @@ pytest.importorskip("streamlit", reason="the extra [app] is not installed")
 import streamlit as st
 from streamlit.testing.v1 import AppTest
 
-from app import charts, lineage, pareto, text
+from app import charts, lineage, pareto, parts, text
 from cards import render
 
 APP = Path(__file__).parents[1] / "app"
@@ -105,6 +106,23 @@ def test_a_newer_registry_is_told(url: str) -> None:
     with registry.engine.begin() as connection:
         connection.execute(sql("UPDATE alembic_version SET version_num = '9999'"))
     assert "newer" in text_of(shown().error[0].value)
+
+
+def test_a_server_s_connections_are_kept(fresh_postgres: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But not past what an opening checks."""
+    from sqlalchemy import text as sql
+
+    url = database(template=fresh_postgres)
+    monkeypatch.setenv("ZOO_REGISTRY", url)
+    open_registry(url).put(entry("a-llama"))
+    opened = parts.registry()
+    assert parts.registry() is opened
+    assert links(shown()) == ["a-llama"]
+    with opened.engine.begin() as connection:
+        connection.execute(sql("UPDATE alembic_version SET version_num = '9999'"))
+    assert "newer" in text_of(shown().error[0].value)
+    st.cache_resource.clear()
+    opened.engine.dispose()
 
 
 @pytest.mark.parametrize("page", ["", "compare"])
