@@ -14,7 +14,7 @@ from zoo.entry import (
     Stage,
     Verification,
 )
-from zoo.files import sha256_bytes
+from zoo.files import sha256_bytes, sha256_json
 
 RECIPE = """\
 name: smollm2-135m-instruct-pruned50-w4
@@ -25,15 +25,15 @@ steps:
   keep: 8
   group: 16
 """
-MACHINE = Machine(
-    fingerprint=sha256_bytes(b"machine"),
-    cpu="AMD EPYC 7B13 64-Core Processor",
-    cores=2,
-    threads_per_core=1,
-    isa=["avx2", "fma", "f16c"],
-    memory_bytes=25_769_803_776,
-    system="Linux 6.1.0 x86_64",
-)
+_FACTS: dict[str, Any] = {
+    "cpu": "AMD EPYC 7B13 64-Core Processor",
+    "cores": 2,
+    "threads_per_core": 1,
+    "isa": ["avx2", "fma", "f16c"],
+    "memory_bytes": 25_769_803_776,
+    "system": "Linux 6.1.0 x86_64",
+}
+MACHINE = Machine(fingerprint=sha256_json(_FACTS), **_FACTS)
 
 
 def measured(subject: str, metric: str, value: float, stderr: float | None, **fields: Any) -> Measurement:

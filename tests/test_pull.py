@@ -549,6 +549,11 @@ def file(path: str, size: int = 1) -> dict[str, Any]:
     return {"path": path, "size": size, "sha256": "0" * 64}
 
 
+# On a machine that has the fingerprint of another one.
+ODD_RUN = tests.example.entry().benchmarks[0].model_dump(mode="json")
+ODD_RUN["machine"]["cpu"] = "another"
+
+
 @pytest.mark.parametrize(
     "data",
     [
@@ -565,6 +570,9 @@ def file(path: str, size: int = 1) -> dict[str, Any]:
         hostile(files=[file("")]),
         hostile(files=[file("x" * 300)]),
         hostile(files=[file(".git/config")]),
+        hostile(files=[file(".Git/config")]),
+        hostile(files=[file("a/.git/config")]),
+        hostile(benchmarks=[ODD_RUN]),
         hostile(files=[file("a"), file("a")]),
         hostile(files=[file("a"), file("a/b")]),
         hostile(files=[file("zoo.json")]),

@@ -21,7 +21,7 @@ from tests.process import ROOT, refused
 from tests.proxy import slow_line
 from tests.tiny_entry import ID, Shelf, model_files, same_files, shelve
 from zoo.entry import Entry
-from zoo.errors import HubError, StoreError, ZooError
+from zoo.errors import FormatError, HubError, StoreError, ZooError
 from zoo.hub import client, manifest
 from zoo.hub.push import push
 
@@ -186,6 +186,15 @@ def test_what_is_not_verified_is_refused(
     assert word in str(told.value) and "zoo run" in str(told.value)
     with pytest.raises(RepositoryNotFoundError):
         hub.api.model_info(f"unverified/{ID}")
+
+
+def test_an_entry_whose_manifest_nobody_would_accept_is_refused(hub: client.Hub, shelf: Shelf) -> None:
+    run = tests.example.entry().benchmarks[0]
+    odd = run.machine.model_copy(update={"cpu": "another"})
+    change(shelf, benchmarks=[run.model_copy(update={"machine": odd})])
+    with pytest.raises(FormatError, match="cannot be published") as told:
+        publish(shelf, hub, "odd")
+    assert "fingerprint" in str(told.value)
 
 
 def test_files_that_are_not_the_verified_ones_are_refused(hub: client.Hub, shelf: Shelf) -> None:

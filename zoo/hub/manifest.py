@@ -14,6 +14,7 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from zoo.entry import Entry, Publication, Record, Sha256
 from zoo.errors import FormatError
+from zoo.files import sha256_json
 
 MANIFEST = "zoo.json"
 FORMAT = 1
@@ -30,7 +31,7 @@ def check_path(path: str) -> str:
         raise ValueError(f"the path {path[:200]!a} could leave its folder")
     if "\\" in path or not path.isprintable():
         raise ValueError(f"the path {path[:200]!a} holds characters that a file name should not")
-    if parts[0] == ".git":
+    if any(part.lower() == ".git" for part in parts):  # as some file systems spell it
         raise ValueError("a path in .git")
     return path
 
@@ -88,6 +89,9 @@ class Manifest(Record):
         for artifact in self.entry.artifacts:
             if listed.get(artifact.path) != (artifact.size, artifact.sha256):
                 raise ValueError(f"the entry's {artifact.path[:200]!a} is not among the files")
+        for machine in (benchmark.machine for benchmark in self.entry.benchmarks):
+            if sha256_json(machine.model_dump(exclude={"fingerprint"})) != machine.fingerprint:
+                raise ValueError(f"the fingerprint {machine.fingerprint[:12]!a} is not that of its machine")
         _check_storable(self.model_dump())
         return self
 

@@ -14,6 +14,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, constants
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.hf_api import ModelInfo
 from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
+from pydantic import ValidationError
 
 from zoo.entry import Entry, Publication
 from zoo.errors import FormatError, HubError, StoreError, ZooError
@@ -191,7 +192,14 @@ def _content(entry: Entry, files: Mapping[str, Path], card: Callable[[Entry], st
     made = {CARD: card(entry).encode(), **eval_results(entry.measurements, entry.created)}
     content |= {path: (data, _file(path, data)) for path, data in made.items()}
     listed = sorted((file for _, file in content.values()), key=lambda file: file.path)
-    data = Manifest(files=listed, entry=entry).to_bytes()
+    try:
+        data = Manifest(files=listed, entry=entry).to_bytes()
+    except ValidationError as error:
+        raise FormatError(
+            f"{entry.id} cannot be published: no zoo would accept its manifest",
+            saw=error.errors(include_url=False, include_input=False)[0]["msg"],
+            try_=_mend(entry, "make it again: zoo run RECIPE"),
+        ) from error
     content[MANIFEST] = (data, _file(MANIFEST, data))
     return content
 
