@@ -155,6 +155,17 @@ def test_plain_files(hub: client.Hub, here: Shelf, cache: Path, tmp_path: Path) 
     assert zoo.load(ID, store=here.store, threads=1)
 
 
+def test_a_plain_folder_with_files_of_another_release(
+    hub: client.Hub, here: Shelf, cache: Path, tmp_path: Path
+) -> None:
+    dest = tmp_path / "dest"
+    dest.mkdir()
+    (dest / f"{ID}-F16.gguf").write_bytes(b"GGUF of another release")
+    fetch(ID, hub, here, dest=dest, only="sparse")
+    links = {path.name for path in here.folder().iterdir()}
+    assert "packed.safetensors" in links and f"{ID}-F16.gguf" not in links
+
+
 def test_a_revision(hub: client.Hub, here: Shelf, cache: Path, tmp_path: Path, files: Path) -> None:
     """A card that was edited by hand is no longer what was published; the tag still is."""
     shelf = shelve(tmp_path / "made", files, entry_id="edited")

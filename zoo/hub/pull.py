@@ -134,7 +134,9 @@ def pull(
                 temporary.write_text(source.commit)
     if published is not None:
         anew = mend is not None or (force and only is None)  # in place of files that were made here, too
-        _record(published.entry, publication, source, place, store, registry, anew)
+        # A plain folder may hold files of another release beside those that were fetched.
+        paths = [blob.path for blob in chosen] if dest is not None else list(source.blobs)
+        _record(published.entry, publication, place, paths, store, registry, anew)
     return Pulled(
         endpoint=hub.endpoint,
         repository=source.repository,
@@ -411,13 +413,14 @@ def _publication(source: _Source) -> Publication:
 def _record(
     entry: Entry,
     publication: Publication,
-    source: _Source,
     place: _Place,
+    paths: Iterable[str],
     store: Path,
     registry: Registry | None,
     anew: bool,
 ) -> None:
-    """Put the entry into the registry, and links to its files into the store, where the runner looks.
+    """Put the entry into the registry, and links to those of its files that are here into the store, where
+    the runner looks.
 
     Of an entry that was made here, of the same content, the files stay, if they are not to be put `anew`.
     """
@@ -436,7 +439,7 @@ def _record(
         for left in (fresh, old):
             shutil.rmtree(left, ignore_errors=True)
         fresh.mkdir(parents=True)
-        for path in source.blobs:
+        for path in paths:
             there = place.folder.absolute() / path
             if there.is_file() and path != ENTRY:
                 _link(fresh / path, str(there))
