@@ -319,7 +319,7 @@ def test_search_finds_what_is_published(hub: client.Hub, registry: Registry, tmp
         shelf = tiny_entry.shelve(tmp_path / name, files, entry_id=name)
         push(name, hub, store=shelf.store, registry=shelf.registry, card=cards.render)
     hub.api.create_repo("not-ours")
-    registry.put(entry("published-b", license="mit"))
+    registry.put(shelf.entry("published-b").model_copy(update={"license": "mit"}))
     registry.put(entry("only-here"))
 
     def found(local: Registry | None = registry, **asked: Any) -> dict[str, list[str]]:

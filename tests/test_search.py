@@ -14,11 +14,15 @@ from typing import Any
 import pytest
 
 from tests.example import ARC, PERPLEXITY, entry, measured
+from tests.hub import serving
 from tests.many import fill, many
 from tests.postgres import database
 from tests.process import Zoo, refused
+from zoo import search as searching
 from zoo.entry import Artifact, Entry, Layer
 from zoo.files import sha256_bytes
+from zoo.hub import client
+from zoo.hub.manifest import File, Manifest
 from zoo.registry import Facets, Query, Registry, open_registry, registry
 from zoo.registry import query as query_
 from zoo.registry.figures import figures
@@ -391,6 +395,82 @@ def test_figures_too_large_for_a_mean_are_left_out() -> None:
     huge = [measured("entry", "accuracy", 1.7e308, None, **{**ARC, "task": str(i)}) for i in range(3)]
     assert figures(entry(measurements=huge)).accuracy is None
     assert math.isfinite(figures(entry(measurements=huge[:1])).accuracy or math.inf)
+
+
+# --- what others published ---
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[client.Hub]:
+    """An empty server that this process may write to."""
+    with serving(tmp_path / "server") as server:
+        monkeypatch.setenv("HF_TOKEN", server.token)
+        yield client.connect(server.endpoint)
+
+
+def publish(hub: client.Hub, namespace: str, one: Entry, manifest: bytes | None = None) -> None:
+    """As far as a search looks at it: a tagged card, and the manifest."""
+    files = [File(path=a.path, size=a.size, sha256=a.sha256) for a in one.artifacts]
+    manifest = manifest or Manifest(files=files, entry=one).to_bytes()
+    name = hub.api.create_repo(f"{namespace}/{one.id}").repo_id
+    for path, data in (("zoo.json", manifest), ("README.md", b"---\ntags: [sparse-zoo]\n---\n")):
+        hub.api.upload_file(path_or_fileobj=data, path_in_repo=path, repo_id=name)
+
+
+def other_files(one: Entry, **changes: Any) -> Entry:
+    files = [a.model_copy(update={"sha256": sha256_bytes(a.path.encode())}) for a in one.artifacts]
+    return one.model_copy(update={"artifacts": files, **changes})
+
+
+def test_entries_of_one_id_are_told_apart(hub: client.Hub, tmp_path: Path) -> None:
+    theirs = entry("foo", sparsity=0.5)
+    another = other_files(theirs, sparsity=0.75)
+    for namespace, one in (("alice", theirs), ("bob", another), ("carol", theirs)):
+        publish(hub, namespace, one)
+    publish(hub, "alice", entry("foo-2"))
+
+    def found(local: Registry | None = None, **asked: Any) -> list[tuple[str, float, list[str]]]:
+        page = searching.search(Query(**{"sort": "id", **asked}), local, hub)
+        assert page.total >= len(page.hits)
+        return [(h.id, h.sparsity, sorted(p.repository or p.endpoint for p in h.places)) for h in page.hits]
+
+    same, bobs, last = ("foo", 0.5, ["alice/foo", "carol/foo"]), ("foo", 0.75, ["bob/foo"]), "foo-2"
+    everything = found()
+    assert sorted(everything[:2]) == [same, bobs] and everything[2][0] == last
+    assert searching.search(Query(), None, hub).total == 3
+    assert sorted(found(text="foo", limit=2)) == [same, bobs]
+    assert [hit[0] for hit in found(limit=1, offset=2)] == [last]
+    assert found(min_sparsity=0.7) == [bobs] and found(max_sparsity=0.7, text="smollm2")[0] == same
+
+    local = open_registry(str(tmp_path / "registry.db"))
+    local.put(theirs)
+    mine = ("foo", 0.5, ["alice/foo", "carol/foo", "local"])
+    assert sorted(found(local)[:2]) == [mine, bobs]
+    local.put(theirs.model_copy(update={"status": "failed", "failure": "does not run"}))
+    assert sorted(found(local)[:2]) == [same, bobs]  # one that failed here hides none
+    assert found(local, statuses=("failed",)) == [("foo", 0.5, ["local"])]
+
+
+def test_an_odd_manifest_is_left_out_and_the_rest_found(
+    hub: client.Hub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good, odd = entry("good"), json.loads(Manifest(files=[], entry=entry("odd", artifacts=[])).to_bytes())
+    odd["entry"]["benchmarks"][0]["machine"]["cpu"] = "another"  # by the fingerprint it is that of `good`
+    publish(hub, "alice", good)
+    publish(hub, "evil", entry("odd", artifacts=[]), json.dumps(odd).encode())
+    assert [hit.id for hit in searching.search(Query(), None, hub).hits] == ["good"]
+    assert "left out: zoo.json of evil/odd" in capsys.readouterr().err
+
+
+def test_what_a_registry_does_not_take_is_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = entry().benchmarks[0]
+    odd = run.model_copy(update={"machine": run.machine.model_copy(update={"cpu": "another"})})
+    taking = open_registry(str(tmp_path / "registry.db"))
+    searching._put_all(taking, [entry("a"), entry("b", benchmarks=[odd]), entry("c")])
+    assert [one.id for one in taking.every()] == ["a", "c"]
+    assert "left out: b was measured on a machine" in capsys.readouterr().err
 
 
 # --- the command ---

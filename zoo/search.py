@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zoo.entry import Entry, Machine, Record, Status
-from zoo.errors import FormatError, HubError, UsageError
+from zoo.errors import UsageError, ZooError
 from zoo.progress import say
 from zoo.registry import Figures, Query, Registry, Summary, open_registry
 from zoo.registry.figures import task_count
@@ -24,6 +25,10 @@ if TYPE_CHECKING:  # importing these takes longer than a local search
 LOCAL = "local"
 MAX_REPOSITORIES = 1000  # looked at on a Hub
 AT_ONCE = 8  # manifests
+# Behind the id of an entry, once for each other entry of that id before it; no text that is searched has it.
+ANOTHER = "\x1f"
+
+Same = tuple[str, frozenset[tuple[str, str]]]  # of one id and the same files: what is one entry
 
 
 class Place(Record):
@@ -34,7 +39,10 @@ class Place(Record):
 
 
 class Hit(Record):
-    """An entry that was found. What the local registry has of it goes before what was published."""
+    """An entry that was found. What the local registry has of it goes before what was published.
+
+    Of several entries of one id, which differ in their files, each is a hit of its own.
+    """
 
     id: str
     places: list[Place]
@@ -67,9 +75,8 @@ def search(query: Query, registry: Registry | None, hub: Hub | None = None) -> F
         if folder is not None:
             # The same query, in a registry of what is published only: every filter has one meaning.
             remote = open_registry(str(Path(folder) / "registry.db"))
-            known = registry.known(published) if registry is not None else set()
-            for entry_id in published.keys() - known:
-                remote.put(published[entry_id][0])
+            known = _recorded(registry, {entry_id for entry_id, _ in published}) if registry else set()
+            _put_all(remote, [entry for same, (entry, _) in published.items() if same not in known])
             registries.append(remote)
         if query.machine is not None:
             first = first.model_copy(update={"machine": check_machine(query.machine, registries).fingerprint})
@@ -78,8 +85,9 @@ def search(query: Query, registry: Registry | None, hub: Hub | None = None) -> F
     for is_local, page in pages:
         here = [Place(endpoint=LOCAL, repository=None)] if is_local else []
         for summary in page.entries:
-            _, there = published.get(summary.id, (None, []))
-            hits.append(_hit(summary, [*here, *there]))
+            one = summary.model_copy(update={"id": summary.id.rstrip(ANOTHER)})
+            _, there = published.get(_same(one), (None, [])) if one.status != "failed" else (None, [])
+            hits.append(_hit(one, [*here, *there]))
     return Found(
         total=sum(page.total for _, page in pages),
         more=any(page.more for _, page in pages),
@@ -116,8 +124,30 @@ def _called(machine: Machine) -> str:
     return f"{machine.cpu} ({machine.fingerprint[:8]})"
 
 
-def _published(hub: Hub, query: Query) -> dict[str, tuple[Entry, list[Place]]]:
-    """The entries that zoos published to the Hub, by id, and their repositories; unreadable ones are said."""
+def _same(one: Entry | Summary) -> Same:
+    return one.id, frozenset((artifact.path, artifact.sha256) for artifact in one.artifacts)
+
+
+def _recorded(registry: Registry, ids: Iterable[str]) -> set[Same]:
+    """Of the entries of these ids, those that the registry offers: a failed one hides none."""
+    found = map(registry.find, registry.known(ids))
+    return {_same(entry) for entry in found if entry is not None and entry.status != "failed"}
+
+
+def _put_all(remote: Registry, entries: Iterable[Entry]) -> None:
+    """Put entries, of one id too, into a registry; which it does not take are said."""
+    taken: Counter[str] = Counter()
+    for entry in entries:
+        try:
+            remote.put(entry.model_copy(update={"id": entry.id + ANOTHER * taken[entry.id]}))
+        except ZooError as error:
+            say(f"left out: {'; '.join(filter(None, (error.what, error.saw)))}")
+        else:
+            taken[entry.id] += 1
+
+
+def _published(hub: Hub, query: Query) -> dict[Same, tuple[Entry, list[Place]]]:
+    """The entries that zoos published to the Hub, and their repositories; unreadable ones are said."""
     from zoo.hub import client
 
     models = client.published(hub, MAX_REPOSITORIES)
@@ -126,14 +156,14 @@ def _published(hub: Hub, query: Query) -> dict[str, tuple[Entry, list[Place]]]:
         models.pop()
     if query.families:  # the cards' tags say it, which saves looking
         models = [model for model in models if not model.tags or {*query.families} & {*model.tags}]
-    found: dict[str, tuple[Entry, list[Place]]] = {}
+    found: dict[Same, tuple[Entry, list[Place]]] = {}
     with ThreadPoolExecutor(AT_ONCE) as pool:
         for model, entry in zip(models, pool.map(lambda model: _entry(hub, model), models), strict=True):
             if isinstance(entry, str):
                 say(f"left out: {entry}")
             elif entry.status != "failed":
                 place = Place(endpoint=hub.endpoint, repository=model.id)
-                found.setdefault(entry.id, (entry, []))[1].append(place)
+                found.setdefault(_same(entry), (entry, []))[1].append(place)
     return found
 
 
@@ -147,7 +177,7 @@ def _entry(hub: Hub, model: ModelInfo) -> Entry | str:
         manifest = Blob(MANIFEST, size=0, oid="", sha256=None)
         data = client.read(hub, model.id, model.sha or "main", manifest, MAX_BYTES)
         entry = parse(data, f"{MANIFEST} of {model.id}").entry
-    except (HubError, FormatError) as error:
+    except ZooError as error:
         return "; ".join(filter(None, (error.what, error.saw)))
     if entry.id != model.id.rpartition("/")[2]:
         return f"{model.id}, whose manifest is of {entry.id}"
