@@ -120,6 +120,35 @@ def test_int8_weights(tmp_path: Path) -> None:
     assert analyze(tmp_path).sparsity == pytest.approx((values == 0).double().mean().item())
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_float8(tmp_path: Path, dtype: torch.dtype) -> None:
+    values = torch.randn(32, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    values.view(torch.uint8)[:, ::4] = 0x00
+    values.view(torch.uint8)[:, 1::4] = 0x80  # negative zero
+    name = "model.layers.0.mlp.up_proj.weight"
+    save_file({name: values, f"{name}_scale": torch.ones(32, 1)}, tmp_path / "model.safetensors")
+    weight, scale = analyze(tmp_path).tensors
+    assert weight.sparsity == pytest.approx((values.float() == 0).double().mean().item())
+    assert 0.5 <= weight.sparsity < 0.6
+    assert (weight.name, weight.bits_per_weight, weight.linear) == (name, 8, True)
+    assert (scale.name, scale.sparsity) == (f"{name}_scale", 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64, torch.bool])
+def test_other_types_are_listed_without_a_sparsity(tmp_path: Path, dtype: torch.dtype) -> None:
+    tensors = {
+        "model.layers.0.mlp.up_proj.qweight": torch.ones(32, 8).to(dtype),
+        "model.layers.0.mlp.down_proj.weight": torch.zeros(8, 32),
+        "model.empty": torch.zeros(0).to(dtype),
+    }
+    save_file(tensors, tmp_path / "model.safetensors")
+    found = analyze(tmp_path)
+    down, up = found.tensors
+    assert (down.sparsity, up.sparsity, found.sparsity) == (1, None, None)
+    assert (up.linear, up.weights, up.bits_per_weight) == (True, 256, 8 * dtype.itemsize)
+    assert found.weights == 512
+
+
 def layer(**changes: object) -> Layer:
     settings: dict[str, object] = {
         "name": "model.layers.0.mlp.up_proj", "rows": 256, "columns": 128, "sparsity": 0.0, "bits": 16,

@@ -31,8 +31,8 @@ from zoo.runner.packed import FILE, Packed
 CHUNK_BYTES = 16 << 20
 SCALE_BITS = 16
 _DECODER_LAYER = re.compile(r"(^|\.)(layers|blocks|h|blk)\.\d+\.")
-_FLOATS = {"F16", "BF16", "F32", "F64"}
-_NUMPY = {"F16": "<u2", "BF16": "<u2", "F32": "<u4", "F64": "<u8"}
+# Floating-point types, in which all bits but the sign are clear of a zero, as unsigned integers.
+_FLOATS = {"F8_E4M3": "u1", "F8_E5M2": "u1", "F16": "<u2", "BF16": "<u2", "F32": "<u4", "F64": "<u8"}
 
 Format = Literal["safetensors", "compressed-tensors", "gguf", "packed"]
 Bytes = NDArray[np.uint8]
@@ -44,7 +44,7 @@ class TensorAnalysis(Record):
     name: str
     shape: list[int]
     dtype: str  # as stored: F16, Q4_K, "int4 packed" ...
-    weights: int
+    weights: int  # elements as stored: of integers that pack several weights, those integers
     bytes: int  # with its scales and zero points where they are tensors of their own
     bits_per_weight: float
     smallest_bits_per_weight: float  # of the smallest exact encoding, see `smallest_bits`
@@ -59,7 +59,8 @@ class Analysis(Record):
     format: Format
     weights: int
     bytes: int  # of the files
-    sparsity: float | None  # zeros / weights over the decoder's linear layers; None if there are none
+    # zeros / weights over the decoder's linear layers; None if there are none, or of one it is not known
+    sparsity: float | None
     bits_per_weight: float  # stored tensor bits / weights
     smallest_bits_per_weight: float
     compression_ratio: float  # 16 / smallest_bits_per_weight
@@ -205,7 +206,7 @@ def _pieces(data: Bytes, tensor: TensorInfo, step: int) -> Iterator[Bytes]:
 
 def _zero_floats(data: Bytes, tensor: TensorInfo) -> int:
     """How many values are +0 or -0: all bits but the sign are clear."""
-    dtype = np.dtype(_NUMPY[tensor.dtype])
+    dtype = np.dtype(_FLOATS[tensor.dtype])
     no_sign = dtype.type(2 ** (8 * dtype.itemsize - 1) - 1)
     return sum(
         piece.size // dtype.itemsize - int(np.count_nonzero(piece.view(dtype) & no_sign))
@@ -256,8 +257,8 @@ def _analyze_safetensors(path: Path, files: list[Path]) -> tuple[Format, list[Te
         base = name.removesuffix("_packed")
         if base in compressed:
             tensors.append(_compressed_tensor(base, where, widths))
-        elif tensor.dtype in _FLOATS and tensor.size and name.removesuffix("_scale") not in compressed:
-            zeros = _zero_floats(maps[file], tensor)
+        elif tensor.size and not any(name.removesuffix(part) in compressed for part in PARTS):
+            zeros = _zero_floats(maps[file], tensor) if tensor.dtype in _FLOATS else None
             module = name.rpartition(".")[0]
             layer = layers.get(module) if name.endswith(".weight") else None
             tensors.append(_tensor(name, tensor.shape, tensor.dtype, tensor.size, zeros, layer))
