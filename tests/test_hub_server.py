@@ -583,20 +583,43 @@ def test_an_address_in_use_is_told(server: Server, tmp_path: Path) -> None:
 
 def test_the_entries_of_a_registry(server: Server, tmp_path: Path) -> None:
     from tests.example import entry
+    from zoo.entry import Publication
     from zoo.registry import open_registry
 
     url = str(tmp_path / "registry.db")
-    for name in ("shown", "hidden", "unpublished"):
-        open_registry(url).put(entry(name))
+    registry = open_registry(url)
+    registry.put(entry("unpublished"))
     shutil.copytree(server.store, tmp_path / "store", ignore=shutil.ignore_patterns("blobs"))
     with serving(tmp_path / "store", "--registry", url) as other:
-        for name, private in (("shown", False), ("hidden", True)):
-            body = json.dumps({"name": name, "organization": "zoo", "private": private}).encode()
+
+        def create(name: str, private: bool = False) -> str:
+            namespace, _, entry_id = name.partition("/")
+            body = json.dumps({"name": entry_id, "organization": namespace, "private": private}).encode()
             assert ask(other, "POST", "/api/repos/create", other.token, body)[0] == 200
-        ids = [one["id"] for one in json.loads(ask(other, "GET", "/api/zoo/entries")[2])]
-        assert ids == ["shown"]
+            told = ask(other, "GET", f"/api/models/{name}", other.token)[2]
+            return str(json.loads(told)["sha"])
+
+        def put(name: str, commit: str, created: str, **changes: str) -> None:
+            place = Publication(  # by another of the server's names
+                endpoint="http://zoo.example", repository=name, commit=commit, tag="v1", published=created
+            )
+            registry.put(entry(name.partition("/")[2], created=created, publications=[place], **changes))
+
+        put("zoo/shown", create("zoo/shown"), "2025-01-01T00:00:00Z")
+        put("zoo/newer", create("zoo/newer"), "2025-01-02T00:00:00Z")
+        put("zoo/hidden", create("zoo/hidden", private=True), "2025-01-03T00:00:00Z")
+        put("zoo/broken", create("zoo/broken"), "2025-01-04T00:00:00Z", status="failed")
+        create("other/hidden")  # another entry of that id, which everyone may see
+        create("other/unpublished")
+        create("zoo/elsewhere")  # of the same name as one that another server has
+        put("zoo/elsewhere", "0" * 40, "2025-01-05T00:00:00Z")
+
+        told = json.loads(ask(other, "GET", "/api/zoo/entries")[2])
+        assert [one["id"] for one in told] == ["newer", "shown"]
+        listed = {one.id: one.model_dump(mode="json") for one in registry.entries()}
+        assert told == [listed["newer"], listed["shown"]]
         ids = [one["id"] for one in json.loads(ask(other, "GET", "/api/zoo/entries", other.token)[2])]
-        assert sorted(ids) == ["hidden", "shown"]
+        assert ids == ["hidden", "newer", "shown"]
     assert ask(server, "GET", "/api/zoo/entries")[0] == 401
 
 

@@ -208,6 +208,30 @@ def test_repositories_are_listed_newest_first(hub: HubStore) -> None:
     assert hub.repo("datasets", "me/data").kind == "datasets"
 
 
+def test_files_of_several_commits_are_those_of_each(hub: HubStore, repo: Repo) -> None:
+    push(hub, repo, {"b/c": b"1", "a": b"2"})
+    other = hub.create("models", "me/other")
+    push(hub, other, {"a": b"3"})
+    empty = hub.create("models", "me/empty")
+    commits = [hub.commit_of(one, "main") for one in (repo, other, empty)]
+    found = hub.files_of(commits)
+    assert found == {commit.id: hub.files(commit) for commit in commits}
+    assert list(found[commits[0].id]) == ["a", "b/c"] and hub.files_of([]) == {}
+
+
+def test_commits_of_repositories_that_one_may_know_of(hub: HubStore, repo: Repo) -> None:
+    secret = hub.create("models", "me/secret", private=True)
+    old, new = push(hub, repo, {"a": b"1"}), push(hub, repo, {"a": b"2"})
+    mine = push(hub, secret, {"a": b"1"})
+    names = ["me/model", "me/secret", "me/nothing"]
+    everyone = hub.commits_in("models", names, private=False)
+    assert everyone > {("me/model", old), ("me/model", new)} and {name for name, _ in everyone} == {
+        "me/model"
+    }
+    assert ("me/secret", mine) in hub.commits_in("models", names, private=True)
+    assert hub.commits_in("models", ["me/nothing"], private=True) == set()
+
+
 # --- content ---
 
 

@@ -379,3 +379,4 @@ def test_all_pages_of_a_hub_are_asked_for_as_long_as_they_are_wanted(monkeypatch
         found = client.published(client.connect("http://hub.test"), 7)
     assert [model.id for model in found] == [f"a/{n // 3}-{n % 3}" for n in range(8)]
     assert [url.params["filter"] for url in asked] == ["sparse-zoo"] * 3
+    assert asked[0].params.get_list("expand") == ["sha", "tags"]  # and no list of files

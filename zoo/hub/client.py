@@ -180,23 +180,26 @@ def repositories(hub: Hub, text: str) -> list[str]:
 
 
 def published(hub: Hub, most: int) -> list[ModelInfo]:
-    """The repositories that zoos published, `most` and one more where there are more. Raises HubError."""
+    """The repositories that zoos published, `most` and one more where there are more: id, sha and tags.
+
+    Raises HubError.
+    """
     found: list[ModelInfo] = []
     with told_plainly(hub, resumes=False):
-        for page in _pages(hub, {"full": "true"}):
+        for page in _pages(hub, {"expand": ["sha", "tags"]}):
             found += page
             if len(found) > most or not page:
                 break
     return found[: most + 1]
 
 
-def _pages(hub: Hub, asked: Mapping[str, str]) -> Iterator[list[ModelInfo]]:
+def _pages(hub: Hub, asked: Mapping[str, str | list[str]]) -> Iterator[list[ModelInfo]]:
     """What a zoo published, page by page, one at least.
 
     HfApi.list_models would try for 23 seconds to reach a server that is not there, and say so line by line.
     """
     url: str | None = f"{hub.endpoint}/api/models"
-    params: dict[str, str] | None = {"filter": TAG, **asked}  # which the next pages' URLs hold
+    params: dict[str, str | list[str]] | None = {"filter": TAG, **asked}  # which the next pages' URLs hold
     while url:
         response = get_session().get(url, params=params, headers=hub.headers)
         hf_raise_for_status(response)

@@ -313,6 +313,15 @@ class HubStore:
             for r in rows
         ]
 
+    def commits_in(self, kind: str, names: Iterable[str], *, private: bool) -> set[tuple[str, str]]:
+        """(name, commit) of all commits of the repositories of these names; `private`: private ones too."""
+        query = (
+            "SELECT r.name, c.oid FROM repos r JOIN commits c ON c.repo_id = r.id "
+            "WHERE r.kind = ? AND r.private <= ? AND r.name IN (SELECT value FROM json_each(?))"
+        )
+        with self.reading() as db:
+            return {(r["name"], r["oid"]) for r in db.execute(query, (kind, private, json.dumps([*names])))}
+
     def names(self, kind: str, *, private: bool) -> set[str]:
         with self.reading() as db:
             rows = db.execute("SELECT name FROM repos WHERE kind = ? AND private <= ?", (kind, private))
@@ -421,6 +430,19 @@ class HubStore:
         """Every file of a commit, by path, in order."""
         with self.reading() as db:
             return _files(db, commit.id)
+
+    def files_of(self, commits: Iterable[Commit]) -> dict[int, dict[str, File]]:
+        """The same of several commits, by their ids, in one query."""
+        found: dict[int, dict[str, File]] = {commit.id: {} for commit in commits}
+        with self.reading() as db:
+            rows = db.execute(
+                "SELECT commit_id, path, oid, size, sha256, lfs, changed_id FROM files "
+                "WHERE commit_id IN (SELECT value FROM json_each(?)) ORDER BY commit_id, path",
+                (json.dumps([*found]),),
+            )
+            for row in rows:
+                found[row["commit_id"]][row["path"]] = _file(row)
+        return found
 
     def file(self, commit: Commit, path: str) -> File:
         with self.reading() as db:

@@ -313,9 +313,10 @@ def list_repos(call: Call) -> Response:
     wanted = query.getlist("expand") + query.getlist("expand[]")
     with_files = call.flag("full") or "siblings" in wanted
     with_card = with_files or call.flag("cardData") or "cardData" in wanted or "model-index" in wanted
+    files = call.hub.files_of(commit for _, commit in found) if with_files else {}
     listed = []
     for repo, commit in found:
-        told = info(repo, commit, call.hub.files(commit) if with_files else None)
+        told = info(repo, commit, files.get(commit.id))
         if not with_card:
             del told["cardData"]
             told.pop("model-index", None)
@@ -344,11 +345,27 @@ def number(text: str | None, otherwise: int, most: int = 2**62) -> int:
 
 
 def list_entries(registry: Registry, call: Call) -> Response:
-    """The registry's entries that are published here, of which the sender may know, as `zoo list --json`."""
-    names = call.hub.names("models", private=call.token is not None)
-    published = {name.partition("/")[2] for name in names}
-    found = [entry for entry in registry.entries() if entry.id in published]
-    return JSONResponse([entry.model_dump(mode="json") for entry in found])
+    """The registry's entries that are published here, of which the sender may know, as `zoo list --json`.
+
+    Published here is what has a commit here: this server may go by several names, and others may have
+    published another entry of the same id.
+    """
+    from zoo.registry import Summary
+    from zoo.registry.figures import figures
+
+    private = call.token is not None
+    ids = {name.partition("/")[2] for name in call.hub.names("models", private=private)}
+    recorded = [entry for entry_id in registry.known(ids) if (entry := registry.find(entry_id)) is not None]
+    places = {entry.id: {(p.repository, p.commit) for p in entry.publications} for entry in recorded}
+    names = {name for some in places.values() for name, _ in some}
+    here = call.hub.commits_in("models", names, private=private)
+    found = [entry for entry in recorded if entry.status != "failed" and places[entry.id] & here]
+    found.sort(key=lambda entry: entry.id)
+    found.sort(key=lambda entry: entry.created, reverse=True)
+    shown = set(Summary.model_fields) - {"figures"}
+    told = [entry.model_dump(mode="json", include=shown) for entry in found]
+    told = [one | {"figures": figures(e).model_dump(mode="json")} for one, e in zip(told, found, strict=True)]
+    return JSONResponse(told)
 
 
 # --- history ----------------------------------------------------------------------------------------
