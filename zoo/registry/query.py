@@ -57,10 +57,7 @@ class Query(Record):
 
 
 class Facets(Record):
-    """How many entries have each value, commonest first, of those that all other filters of a query leave.
-
-    So the counts of `families` say what one would get by choosing another family.
-    """
+    """How many entries have each value, commonest first; failed ones are counted in `statuses` only."""
 
     families: dict[str, int]
     bases: dict[str, int]
@@ -160,43 +157,25 @@ _FACETS = {
 }
 
 
-def combinations(query: Query, database: str, machines: Sequence[str] | None) -> Any:
-    """SELECT how many entries there are of each combination of facets, then base model, then the count.
-
-    Only the filters that are not facets apply: `counted` applies the others.
-    """
-    columns = [*_FACETS.values(), IndexRow.base_model]
-    found = select(*columns, func.count()).where(*_but_choices(query, database)).group_by(*columns)
-    if machines is not None:
-        there = _speeds(machines)
-        found = found.join(there, there.c.key == IndexRow.key)
-    return found
+def combinations() -> Any:
+    """SELECT how many entries there are of each combination of facets."""
+    columns = _FACETS.values()
+    return select(*columns, func.count()).group_by(*columns)
 
 
-def counted(query: Query, rows: Iterable[Sequence[Any]]) -> Facets:
+def counted(rows: Iterable[Sequence[Any]]) -> Facets:
     """The facets from the rows of `combinations`."""
     counts: dict[str, Counter[str]] = {name: Counter() for name in _FACETS}
-    for *values, base_model, count in rows:
-        fails = [
-            name
-            for name, value in zip(_FACETS, values, strict=True)
-            if not _chosen(query, name, value, base_model)
-        ]
-        for name, value in zip(_FACETS, values, strict=True):
-            if not fails or fails == [name]:
+    for *values, count in rows:
+        found = dict(zip(_FACETS, values, strict=True))
+        for name, value in found.items():
+            if name == "statuses" or found["statuses"] != "failed":
                 counts[name][value] += count
     return Facets(**{name: dict(counter.most_common()) for name, counter in counts.items()})
 
 
-def _chosen(query: Query, name: str, value: str, base_model: str) -> bool:
-    wanted = getattr(query, name)
-    if name == "statuses" and not wanted:
-        return value != "failed"
-    return not wanted or value in wanted or (name == "bases" and base_model in wanted)
-
-
 def _choices(query: Query) -> Iterator[ColumnElement[bool]]:
-    """The same in SQL."""
+    """The filters by a facet."""
     for name, column in _FACETS.items():
         wanted = getattr(query, name)
         if name == "bases" and wanted:
@@ -208,13 +187,8 @@ def _choices(query: Query) -> Iterator[ColumnElement[bool]]:
 
 
 def _conditions(query: Query, database: str, *, walking: bool = False) -> Iterator[ColumnElement[bool]]:
-    """All filters; `walking`: for a walk along the index of a figure."""
+    """All filters, the dearest last; `walking`: for a walk along the index of a figure."""
     yield from _choices(query)
-    yield from _but_choices(query, database, walking)
-
-
-def _but_choices(query: Query, database: str, walking: bool = False) -> Iterator[ColumnElement[bool]]:
-    """All filters but the choices; the dearest last."""
     column: Any
     for column, least, most in (
         (IndexRow.sparsity, query.min_sparsity, query.max_sparsity),

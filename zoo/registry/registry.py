@@ -372,13 +372,10 @@ class Registry:
                 entries=self._summaries(connection, speeds),
             )
 
-    def facets(self, query: Query | None = None) -> Facets:
-        """How many entries each choice would find, the other filters of the query applied."""
-        query = query or Query()
-        machines = self._fingerprints(query)
+    def facets(self) -> Facets:
+        """What there is to choose from, and how many entries each choice would find."""
         with self.reading() as session:
-            rows = session.execute(combinations(query, self._database, machines))
-            return counted(query, rows.tuples())
+            return counted(session.execute(combinations()).tuples())
 
     def find(self, entry_id: str) -> Entry | None:
         """As `get`, but None if there is none."""
