@@ -203,6 +203,11 @@ def test_doctor(tmp_path: Path) -> None:
     assert "offline by HF_HUB_OFFLINE" in told["hub"]["found"]
 
 
+def test_doctor_counts_the_entries(url: str, tmp_path: Path) -> None:
+    told = {check["name"]: check for check in as_json("doctor", "--store", str(tmp_path), url=url)}
+    assert told["registry"]["status"] == "ok" and told["registry"]["found"].endswith(", 3 entries")
+
+
 def test_registry_migrate(tmp_path: Path) -> None:
     path = str(tmp_path / "new" / "registry.db")
     assert zoo("registry", "migrate", "--registry", path).returncode == 0

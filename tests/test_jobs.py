@@ -403,6 +403,7 @@ def test_junit(summary: JobsSummary) -> None:
 def test_metrics_are_what_prometheus_reads(tmp_path: Path) -> None:
     registry: Registry = open_registry(str(tmp_path / "r.db"))
     registry.put(entry("one"))
+    registry.put(entry("gone", status="failed", failure="gone wrong"))
     name = 'odd "job"\\\n'
     lease = take(registry, name, "me")
     assert isinstance(lease, Lease)
@@ -413,7 +414,7 @@ def test_metrics_are_what_prometheus_reads(tmp_path: Path) -> None:
     start(registry, lease, name, [])
     families = {f.name: f for f in text_string_to_metric_families(metrics(registry))}
     samples = {(s.name, *sorted(s.labels.values())): s.value for f in families.values() for s in f.samples}
-    assert samples["zoo_entries", "verified"] == 1
+    assert samples["zoo_entries", "verified"] == samples["zoo_entries", "failed"] == 1
     for status in ("done", "failed", "running"):
         assert samples["zoo_job_runs_total", *sorted((name, status))] == 1
     assert samples["zoo_job_last_duration_seconds", name] == 1.0

@@ -187,7 +187,7 @@ def _registry(url: str) -> Check:
 
     try:
         registry = open_registry(url, create=False)
-        count = len(registry.entries(include_failed=True))
+        count = registry.count()
     except ZooError as error:
         return Check(name="registry", status="missing", found=error.what, mend=error.try_)
     entries = f"{count:,} {'entry' if count == 1 else 'entries'}"

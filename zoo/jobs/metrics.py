@@ -16,7 +16,7 @@ Samples = list[tuple[Labels, float]]
 def metrics(registry: Registry) -> str:
     """Runs, times and figures of every job, leases, entries and stages."""
     runs = history(registry)
-    entries = Counter(entry.status for entry in registry.entries(include_failed=True))
+    entries = registry.facets().statuses
     leases = held(registry)
     ended = [run for run in runs if run.finished is not None]
     newest: dict[str, JobRun] = {run.job: run for run in reversed(ended)}
