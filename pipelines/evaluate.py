@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import os
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from zoo import __version__
 from zoo.entry import Measurement
 from zoo.errors import FormatError, NumericsError, SourceError, ZooError
 from zoo.files import Store
+from zoo.formats import check_safetensors, weight_files
 from zoo.progress import counting, track
 
 HARNESS = f"zoo {__version__}"
@@ -39,9 +41,8 @@ Values = npt.NDArray[np.float64]
 def load_model(folder: Path, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
     """The model in `folder`, in evaluation mode, and its tokenizer.
 
-    If `dtype` is None: bfloat16 on a GPU when there is one; on the CPU float32 if that takes at most half of
-    the memory, else bfloat16. Only safetensors are read, nothing is downloaded, and no code in the folder is
-    run. Raises SourceError or FormatError when the folder does not hold a whole model.
+    If `dtype` is None, that of `arithmetic`. Only safetensors are read, nothing is downloaded, and no code in
+    the folder is run. Raises SourceError or FormatError when the folder does not hold a whole model.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
@@ -53,14 +54,10 @@ def load_model(folder: Path, dtype: torch.dtype | None = None) -> tuple[Any, Any
     try:
         config = AutoConfig.from_pretrained(folder, **local)
         tokenizer = AutoTokenizer.from_pretrained(folder, **local)
-        with torch.device("meta"):
-            parameters = AutoModelForCausalLM.from_config(config, trust_remote_code=False).num_parameters()
-        cuda = torch.cuda.is_available()
-        fits = 4 * parameters <= psutil.virtual_memory().total / 2
         model, loading = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
-            dtype=dtype or (torch.float32 if fits and not cuda else torch.bfloat16),
+            dtype=dtype or arithmetic(folder),
             use_safetensors=True,
             output_loading_info=True,
             **local,
@@ -73,7 +70,16 @@ def load_model(folder: Path, dtype: torch.dtype | None = None) -> tuple[Any, Any
     wrong = sorted(map(str, [*loading["missing_keys"], *loading["mismatched_keys"]]))
     if wrong:
         raise FormatError(f"{folder} does not hold a whole model", saw=f"no usable {', '.join(wrong[:3])}")
-    return model.to("cuda" if cuda else "cpu").eval(), tokenizer
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
+
+
+def arithmetic(folder: Path) -> torch.dtype:
+    """In what a model is evaluated here: bfloat16 on a GPU, if there is one; on the CPU float32 if that takes
+    at most half of the memory, else bfloat16."""
+    weights = [tensor for path in weight_files(folder) for tensor in check_safetensors(path)]
+    bytes_ = 4 * sum(math.prod(tensor.shape) for tensor in weights)
+    fits = bytes_ <= psutil.virtual_memory().total / 2
+    return torch.float32 if fits and not torch.cuda.is_available() else torch.bfloat16
 
 
 def perplexity(model: Any, ids: Ids, *, text: Text, subject: Subject) -> list[Measurement]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -22,24 +23,29 @@ LIBRARIES = (
     "llama-cpp-python", "compressed-tensors",
 )  # fmt: skip
 # The modules that decide a stage's result. They are hashed, which needs no import (of lm-eval: seconds).
-SOLVER_CODE = ("compress", "solve", "masks", "grids", "layers", "allocate", "checkpoint", "families")
+BASE_CODE = ("dequantize", "gguf_tokenizer")  # a base in a GGUF file is named by that file alone
+SOLVER_CODE = (
+    "compress", "solve", "masks", "grids", "layers", "allocate", "checkpoint", "families",
+    "../zoo/runner/format", *BASE_CODE,
+)  # fmt: skip
 RECOVER_CODE = (
     "recover/train", "recover/losses", "recover/masks", "recover/prune", "recover/rounding", "recover/shards",
     "recover/student", "recover/write", "recover/data", "recover/tokens", "recover/skill",
     "recover/written", "recover/resample", "continuation", *SOLVER_CODE,
 )  # fmt: skip
-ANSWERS_CODE = ("shards", "lm", "zoo_gguf", "zoo_sparse", "evaluate")
+ANSWERS_CODE = ("shards", "lm", "zoo_gguf", "zoo_sparse", "evaluate", *BASE_CODE)
 EVALUATION_CODE = ("harness", "text", *ANSWERS_CODE)
 TASKS = Path(__file__).parent / "tasks"
 PACK_CODE = tuple(
     f"../zoo/{name}"
     for name in ("runner/pack", "runner/grid", "runner/config", "runner/checkpoint", "runner/format",
                  "runner/packed", "compressed_tensors")
-)  # fmt: skip
-EXPORT_CODE = (
-    "export_gguf", "gguf_tokenizer", "export_compressed", "checkpoint", "grids", "families", *PACK_CODE,
-)  # fmt: skip
-RUNNER_CODE = tuple(f"../zoo/runner/{name}" for name in ("engine", "native", "numpy_engine", "rope"))
+) + BASE_CODE  # fmt: skip
+EXPORT_CODE = ("export_gguf", "export_compressed", "checkpoint", "grids", "families", *PACK_CODE)
+RUNNER_CODE = tuple(
+    f"../zoo/runner/{name}" for name in ("engine", "generate", "native", "numpy_engine", "rope", "sample")
+)
+KERNELS = Path(__file__).parents[1] / "zoo" / "runner" / "csrc"
 
 Subject = Literal["entry", "base"]
 
@@ -65,7 +71,7 @@ def text_revision(source: str, column: str) -> str:
     if source.startswith("hub:"):
         return source
     path = text.expand(source)
-    return sha256_file(path) if path.is_file() else text.read_text(source, column=column).revision
+    return sha256_file(path) if path.is_file() else text.stream(source, column=column).revision
 
 
 def training_revisions(step: Recover) -> list[str]:
@@ -91,7 +97,7 @@ def calibration(recipe: Recipe, base_sha256: str) -> str:
         setting.model_dump(),
         base_sha256,
         revision,
-        code=("calibrate", "continuation", "evaluate", "text"),
+        code=("calibrate", "continuation", "evaluate", "text", *BASE_CODE),
     )
 
 
@@ -122,12 +128,24 @@ def by_protocol(setting: Evaluation, subject: Subject) -> Mapping[tuple[int, int
 
 
 def tasks(
-    names: Sequence[str], few_shot: int, limit: int | None, data: Path | None, subject: Subject, model: str
+    names: Sequence[str],
+    few_shot: int,
+    limit: int | None,
+    data: Path | None,
+    subject: Subject,
+    model: str,
+    packed: bool,
 ) -> str:
+    """packed: whether our runner answers, whose kernels have no version of their own."""
     return stage_key(
-        "tasks", subject, model, names, few_shot, limit, str(data or ""), sha256_tree(TASKS),
-        code=EVALUATION_CODE,
+        "tasks", subject, model, names, few_shot, limit, data and _tree(data), _tree(TASKS),
+        packed and _tree(KERNELS), code=EVALUATION_CODE + (RUNNER_CODE if packed else ()),
     )  # fmt: skip
+
+
+@cache
+def _tree(folder: Path) -> str:
+    return sha256_tree(folder)
 
 
 def pack(model: str) -> str:
@@ -153,7 +171,7 @@ def _passage(passage: Passage) -> list[Any]:
 
 def export(recipe: Recipe, model: str) -> str:
     settings = [setting.model_dump() for setting in recipe.exports]
-    return stage_key("export", settings, model, recipe.to_yaml(), code=EXPORT_CODE)
+    return stage_key("export", settings, model, recipe.name, code=EXPORT_CODE)
 
 
 def step_name(number: int, step: Prune | Quantize | Recover) -> str:
@@ -208,20 +226,21 @@ def expected(
     for subject, key, of_tasks in subjects:
         for passage in setting.perplexity:
             found += [(f"perplexity of the {subject}", perplexity(passage, subject, key))]
-        found += _tasks(setting, subject, f"the {subject}", of_tasks)
+        packed = subject == "entry" and packs(recipe)
+        found += _tasks(setting, subject, f"the {subject}", of_tasks, packed)
     if setting.fidelity is not None:
         found.append(("fidelity to the base", fidelity(setting.fidelity, base_sha256, model)))
     found.append(("export", export(recipe, model)))
     for name, kind in recipe.asked_gguf.items():
         for passage in setting.perplexity[:1]:
             found.append((f"perplexity of {name}", perplexity(passage, "entry", gguf(kind, model))))
-        found += _tasks(setting, "entry", name, gguf(kind, model))
+        found += _tasks(setting, "entry", name, gguf(kind, model), packed=False)
     return found
 
 
-def _tasks(setting: Evaluation, subject: Subject, of: str, model: str) -> list[tuple[str, str]]:
+def _tasks(setting: Evaluation, subject: Subject, of: str, model: str, packed: bool) -> list[tuple[str, str]]:
     data = None if setting.data is None else text.expand(setting.data)
     return [
-        (f"{', '.join(names)} of {of}", tasks(names, few_shot, limit, data, subject, model))
+        (f"{', '.join(names)} of {of}", tasks(names, few_shot, limit, data, subject, model, packed))
         for (few_shot, limit), names in by_protocol(setting, subject).items()
     ]

@@ -107,9 +107,11 @@ def runner(model: Path) -> str:
     if model.suffix == ".gguf":
         return f"llama-cpp-python {version('llama-cpp-python')}"
     if model.suffix == ".safetensors":
-        code = sha256_file(native.EXTENSION) if native.EXTENSION else keys.stage_key(code=keys.RUNNER_CODE)
-        return f"zoo {__version__}, {native.ISA}, {code[:16]}"
-    return f"transformers {version('transformers')}, torch {version('torch')}"
+        kernels = sha256_file(native.EXTENSION) if native.EXTENSION else ""
+        return f"zoo {__version__}, {native.ISA}, {keys.stage_key(kernels, code=keys.RUNNER_CODE)[:16]}"
+    from pipelines.evaluate import arithmetic
+
+    return f"transformers {version('transformers')}, torch {version('torch')}, {arithmetic(model)}"
 
 
 def _workers(work: Work, left: int) -> int:
