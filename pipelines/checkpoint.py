@@ -25,12 +25,19 @@ from pipelines.families import Family, family_of
 from zoo.entry import Layer
 from zoo.errors import FormatError, NumericsError, SourceError
 from zoo.files import told_plainly
+from zoo.formats import weight_files
 
 SHARD_BYTES = 2 << 30
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 COMPRESSION = "compression.json"
 GRID = "grid.safetensors"
+TRAINING = "training.json"
+SIDE = (
+    "config.json", "generation_config.json", "tokenizer*.json", "tokenizer.model", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
+)  # fmt: skip
+LEGAL = ("LICENSE*", "NOTICE*", "USE_POLICY*")
 FULL_DISK = re.compile(r"No space left|os error 28|PytorchStreamWriter failed writing|unexpected pos")
 
 
@@ -233,12 +240,16 @@ class CheckpointWriter:
         (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def side_files(folder: Path) -> Iterator[Path]:
-    """Config, tokenizer and other small files: what a step copies unchanged beside new weights."""
-    for path in sorted(folder.iterdir()):
-        weights = path.suffix in {".safetensors", ".bin", ".pt", ".gguf"} or path.name in {INDEX, COMPRESSION}
-        if path.is_file() and not weights:
-            yield path
+def side_files(folder: Path) -> list[Path]:
+    """Config, tokenizer, terms and history: what a step copies unchanged beside new weights."""
+    patterns = (*SIDE, *LEGAL, TRAINING)
+    return sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
+
+
+def model_files(folder: Path) -> list[Path]:
+    """What a model folder has for transformers, and the record of what was done to it."""
+    others = (folder / name for name in (INDEX, COMPRESSION))
+    return [*weight_files(folder), *side_files(folder), *(path for path in others if path.is_file())]
 
 
 def copy_side_files(source: Path, target: Path) -> None:

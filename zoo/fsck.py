@@ -18,7 +18,7 @@ from sqlalchemy import text
 
 from zoo.entry import Artifact, Entry, Record
 from zoo.errors import HubError, ZooError
-from zoo.files import Store, atomic_file, file_table, sha256_file, write_json
+from zoo.files import Store, atomic_file, file_table, sha256_bytes, sha256_file, write_json
 from zoo.hub import client, manifest
 from zoo.hub.client import Hub
 from zoo.hub.manifest import MANIFEST
@@ -287,17 +287,25 @@ def _wrong(path: Path, artifact: Artifact) -> tuple[Artifact, str] | None:
 
 
 def _mend_file(entry: Entry, artifact: Artifact, store: Store) -> Callable[[], None] | None:
-    """Copy a file from the export stage's output, if that is sound."""
+    """Copy a file from the export stage's output, if that is sound; the recipe stands in the entry."""
+    target = store.root / "entries" / entry.id / artifact.path
+    if artifact.kind == "recipe" and sha256_bytes(entry.recipe.encode()) == artifact.sha256:
+        return partial(_write, entry.recipe, target)
     for stage in entry.stages:
         source = store.path(stage.key) / artifact.path
         if stage.name == "export" and _wrong(source, artifact) is None:
-            return partial(_copy, source, store.root / "entries" / entry.id / artifact.path)
+            return partial(_copy, source, target)
     return None
 
 
 def _fetch(entry: Entry, path: Path, artifact: Artifact, fetch: Callable[[Entry], None]) -> None:
     if _wrong(path, artifact) is not None:  # else another file's repair brought it
         fetch(entry)
+
+
+def _write(said: str, target: Path) -> None:
+    with atomic_file(target) as temporary:
+        temporary.write_text(said)
 
 
 def _copy(source: Path, target: Path) -> None:

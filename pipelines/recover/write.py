@@ -15,7 +15,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pipelines import keys
-from pipelines.checkpoint import COMPRESSION, GRID, Checkpoint, CheckpointWriter, copy_side_files
+from pipelines.checkpoint import (
+    COMPRESSION,
+    GRID,
+    TRAINING,
+    Checkpoint,
+    CheckpointWriter,
+    copy_side_files,
+)
 from pipelines.grids import Grid
 from pipelines.recipe import Recover, SparsityPattern
 from pipelines.recover.prune import Pruner
@@ -27,8 +34,6 @@ from zoo.entry import Layer, Record, TrainingPoint, TrainingRun
 from zoo.errors import NumericsError
 from zoo.files import write_json
 from zoo.machine import this_machine
-
-TRAINING = "training.json"
 
 
 @torch.no_grad()
