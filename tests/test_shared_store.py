@@ -201,6 +201,30 @@ def go(*processes: subprocess.Popen[str]) -> None:
         process.stdin.flush()
 
 
+def test_processes_of_one_machine_fetch_at_once(place: Folder) -> None:
+    """None removes what another is fetching."""
+    keys = [f"{number:02x}" * 32 for number in range(40)]
+    for key in keys:
+        with place.a.locked(key), place.a.writing(key) as folder:
+            (folder / "weights").write_bytes(WEIGHTS + key.encode())
+    code = f"""
+import sys
+from pathlib import Path
+from zoo.shared_store import Remote, SharedStore
+store = SharedStore(Path({str(place.folder / "d")!r}), Remote({f"file://{place.shared}"!r}))
+for key in {keys!r}:
+    assert (store.get(key) / "weights").read_bytes() == {WEIGHTS!r} + key.encode()
+"""
+    processes = [
+        subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
+    for process in processes:
+        _, told = process.communicate(timeout=120)
+        assert process.returncode == 0, told
+    assert not list((place.folder / "d" / "partial").iterdir())
+
+
 def test_two_machines_finish_the_same_stages_at_once(on_s3: str, tmp_path: Path) -> None:
     """Their outputs differ, so that a mixture would show."""
     both = [machine(tmp_path / fill, on_s3, 4, fill) for fill in "xy"]

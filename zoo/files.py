@@ -183,20 +183,22 @@ class Store:
         return False
 
     @contextmanager
-    def writing(self, key: str) -> Iterator[Path]:
+    def writing(self, key: str, lock: str | None = None) -> Iterator[Path]:
         """Yield an empty folder that becomes `key`'s output if the block succeeds.
 
-        Call it inside `locked(key)`. What killed processes left half-written, of any key, is removed.
+        Call it inside `locked(lock)`, by default `key`. What killed processes left half-written, of any key,
+        is removed.
         """
+        lock = lock or key
         partial = self.root / "partial"
         final = self.path(key)
         with told_plainly(self.root):
             partial.mkdir(parents=True, exist_ok=True)
             for stale in partial.iterdir():
                 owner = stale.name.partition(".")[0]
-                if owner == key or not self.is_locked(owner):
+                if owner == lock or not self.is_locked(owner):
                     shutil.rmtree(stale, ignore_errors=True)
-            temporary = partial / f"{key}.{uuid.uuid4().hex}"
+            temporary = partial / f"{lock}.{uuid.uuid4().hex}"
             try:
                 temporary.mkdir()
                 yield temporary

@@ -69,9 +69,9 @@ class SharedStore(Store):
         return path
 
     @contextmanager
-    def writing(self, key: str) -> Iterator[Path]:
+    def writing(self, key: str, lock: str | None = None) -> Iterator[Path]:
         """As of any store; if the upload fails, the output stays here, and `get` tries again."""
-        with super().writing(key) as folder:
+        with super().writing(key, lock) as folder:
             yield folder
         self._share(key)
 
@@ -80,10 +80,14 @@ class SharedStore(Store):
             table = self.remote.table(key)
             if table is None:
                 return None
-            began = time.monotonic()
-            with super().writing(key) as folder:
-                self.remote.fetch(table, folder)
-            _tell("fetched", key, table, began)
+            fetching = f"{key}-fetched"  # whoever asks for an output need not hold its own lock
+            with self.locked(fetching):
+                if (path := super().get(key)) is not None:  # fetched by another meanwhile
+                    return path
+                began = time.monotonic()
+                with super().writing(key, fetching) as folder:
+                    self.remote.fetch(table, folder)
+                _tell("fetched", key, table, began)
         except Damaged as damage:
             message = f"  {self.remote.url}: the output {key[:12]} is damaged: {damage}"
             say(message, event="shared-damaged", key=key)
@@ -162,14 +166,15 @@ class Remote:
             self._fs.pipe_file(f"{self._root}/zoo-store", b"outputs that zoo run finished: docs/jobs.md\n")
 
     def holds(self, entry: Entry) -> bool:
-        """Whether the files of an entry are there, as the output of its export."""
+        """Whether the files of an entry are there, as the output of its export; its recipe it has itself."""
         for stage in entry.stages:
             if stage.name == "export":
                 try:
                     table = self.table(stage.key) or {}
                 except Damaged:
                     return False
-                return all(table.get(a.path) == (a.size, a.sha256) for a in entry.artifacts)
+                files = [a for a in entry.artifacts if a.kind != "recipe"]
+                return all(table.get(a.path) == (a.size, a.sha256) for a in files)
         return False
 
     # --- for `zoo fsck` ---
