@@ -14,7 +14,6 @@ from pathlib import Path
 from types import FrameType
 from typing import TypeVar
 
-import yaml
 from pydantic import ValidationError
 
 from pipelines import keys, sources
@@ -23,7 +22,7 @@ from pipelines.recipe import Recipe, load
 from pipelines.worker import Ended, Task
 from zoo import logs
 from zoo.entry import Entry
-from zoo.errors import ZooError
+from zoo.errors import FormatError, ZooError
 from zoo.files import Store
 from zoo.hub import client
 from zoo.jobs.joblist import Job, Target, Tolerance
@@ -34,6 +33,7 @@ from zoo.progress import job_log_path, say
 from zoo.registry import Registry
 from zoo.registry.job_runs import Figure, JobRun, JobStatus, finish, history, start
 from zoo.registry.leases import Heartbeat, Lease, LeaseLost, Seen, Watch, held, this_process
+from zoo.safe_yaml import safe_yaml
 from zoo.shared_store import SharedStore
 
 TICK_S = 0.05
@@ -102,8 +102,8 @@ def _facts(
 def _is_by(entry: Entry, recipe: Recipe) -> bool:
     """Whether an entry was made by this recipe. A key that recipes did not have then counts as left out."""
     try:
-        said = Recipe.model_validate(yaml.safe_load(entry.recipe))
-    except (yaml.YAMLError, ValidationError, RecursionError):  # no recipe, or not one any more
+        said = Recipe.model_validate(safe_yaml(entry.recipe, "its recipe"))
+    except (FormatError, ValidationError):  # no recipe, or not one any more
         return False
     return said.to_yaml() == recipe.to_yaml()
 

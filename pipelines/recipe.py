@@ -173,12 +173,13 @@ class Quantize(Part):
 
     @model_validator(mode="after")
     def _grid_fits_method(self) -> Quantize:
-        if self.method == "absmax" and not self.grid.symmetric:
-            raise ValueError("absmax is symmetric: say `symmetric: true`, or take zeropoint")
-        if self.method == "zeropoint" and self.grid.symmetric:
-            raise ValueError("zeropoint is asymmetric: say `symmetric: false`, or take absmax")
-        if self.method == "zeropoint" and self.grid.zero_point == "float16":
-            raise ValueError("zeropoint has integer zero points: take rtn for float16 ones")
+        for grid in filter(None, [self.grid, *(override.grid for override in self.overrides)]):
+            if self.method == "absmax" and not grid.symmetric:
+                raise ValueError("absmax is symmetric: say `symmetric: true`, or take zeropoint")
+            if self.method == "zeropoint" and grid.symmetric:
+                raise ValueError("zeropoint is asymmetric: say `symmetric: false`, or take absmax")
+            if self.method == "zeropoint" and grid.zero_point == "float16":
+                raise ValueError("zeropoint has integer zero points: take rtn for float16 ones")
         if self.method != "gptq" and self.correction:
             raise ValueError("`correction` needs method gptq")
         return self
@@ -494,10 +495,11 @@ def _grid(step: Prune | Quantize | Recover) -> Rounding | None:
 
 
 def _packs(step: Prune | Quantize | Recover) -> bool:
-    """Whether compressed-tensors can hold the grid of this step."""
-    grid = _grid(step)
+    """Whether compressed-tensors can hold the grids of this step."""
+    rounding = step if isinstance(step, Quantize) else step.quantize if isinstance(step, Recover) else None
+    grids = [_grid(step), *(override.grid for override in rounding.overrides)] if rounding else [_grid(step)]
     integer = isinstance(step, Quantize) and step.method == "zeropoint"
-    return grid is None or grid.symmetric or integer or grid.zero_point == "integer"
+    return integer or all(grid is None or grid.symmetric or grid.zero_point == "integer" for grid in grids)
 
 
 class Recipe(Part):

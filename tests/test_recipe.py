@@ -327,6 +327,15 @@ def test_impossible_pattern(pattern: str, expected: str, tmp_path: Path) -> None
         (["kind: quantize", "method: absmax", "grid: {bits: 8, symmetric: false}"], "absmax is symmetric"),
         (["kind: quantize", "method: zeropoint", "grid: {bits: 8}"], "zeropoint is asymmetric"),
         (
+            [
+                "kind: quantize",
+                "method: absmax",
+                "grid: {bits: 8}",
+                "overrides: [{layers: '*', grid: {bits: 8, symmetric: false}}]",
+            ],
+            "absmax is symmetric",
+        ),
+        (
             ["kind: quantize", "method: rtn", "grid: {bits: 4}", "correction: 1"],
             "`correction` needs method gptq",
         ),
