@@ -497,7 +497,7 @@ def someone_elses(path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "told"),
     [
-        (newer, ["written by a newer zoo", "9999", "pip install --upgrade"]),
+        (newer, ["written by a newer zoo", "9999", "git pull"]),
         (someone_elses, ["not a registry", "recipes_of_my_grandmother", "--registry"]),
         (lambda path: path.write_text("this is a letter\n" * 400), ["is not a registry", "--registry"]),
         (cut, ["registry.db"]),
