@@ -10,7 +10,7 @@ import torch
 from pipelines.continuation import continued
 from pipelines.evaluate import load_model
 from pipelines.recipe import Calibration
-from pipelines.text import Ids, read_text, token_ids, windows
+from pipelines.text import Ids, load_tokenizer, read_text, token_ids, windows
 from zoo.errors import CalibrationError
 from zoo.files import atomic_file
 
@@ -26,9 +26,7 @@ def calibrate(setting: Calibration, base: Path, out: Path) -> None:
     if setting.source == "self":
         ids = self_generated(setting, base)
     else:
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True, trust_remote_code=False)
+        tokenizer = load_tokenizer(base)
         enough = setting.windows * setting.length * 16  # bytes; more than any tokenizer needs
         text = read_text(setting.source, column=setting.column, limit_bytes=enough)
         ids = windows(token_ids(tokenizer, text), setting.windows, setting.length)

@@ -26,7 +26,7 @@ from pipelines.shards import Answers, Kind, Work
 from pipelines.text import Ids, Text
 from zoo import __version__
 from zoo.entry import Measurement
-from zoo.errors import FormatError, NumericsError, SourceError, ZooError
+from zoo.errors import FormatError, NumericsError, SourceError, ZooError, last_line
 from zoo.files import Store
 from zoo.formats import check_safetensors, weight_files
 from zoo.progress import counting, track
@@ -267,11 +267,6 @@ def lm_eval_tasks(
     if error := answer.get("error"):
         raise ZooError(error["what"], saw=error["saw"], expected=error["expected"], try_=error["try_"])
     return [Measurement.model_validate(item) for item in answer["measurements"]]
-
-
-def last_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[-1].strip()[:300]}" if lines else type(error).__name__
 
 
 def _out_of_memory(doing: str) -> ZooError:

@@ -25,10 +25,9 @@ from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 
 from pipelines import shards
-from pipelines.evaluate import last_line
 from pipelines.shards import Kind, Work
 from zoo.entry import Direction, Measurement
-from zoo.errors import ZooError
+from zoo.errors import ZooError, last_line
 from zoo.files import sha256_file, sha256_json, sha256_tree
 
 TASKS = Path(__file__).parent / "tasks"

@@ -7,6 +7,7 @@ twice, and never reused when something changed.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import socket
@@ -59,7 +60,7 @@ from pipelines.recover.train import Job, recover, thinned
 from pipelines.recover.write import history
 from zoo.analyze import analyze, layout_name
 from zoo.entry import Artifact, Benchmark, Entry, Measurement, Stage, Status, Verification, curves
-from zoo.errors import PatternError, RecipeError, RegistryError
+from zoo.errors import CalibrationError, PatternError, RecipeError, RegistryError
 from zoo.files import (
     Store,
     file_table,
@@ -190,7 +191,7 @@ def _run(recipe: Recipe, recipe_yaml: str, recipe_sha256: str, run_: Run) -> Ent
     base = sources.resolve(recipe.base, run_.store)
     say(f"base model {recipe.base}: {base.family.name}, revision {base.revision}")
     _check_groups(recipe, base)
-    _check_texts(recipe)
+    _check_texts(recipe, base)
     model = _compressed(recipe, base, run_)
     file = _packed(recipe, model, run_)
     measurements = _measured(recipe.evaluation, base, model, file, run_)
@@ -264,10 +265,20 @@ def _cuts_in_training(
         yield "quantization", grid
 
 
-def _check_texts(recipe: Recipe) -> None:
-    """Raise CalibrationError for a text that is not there: training or evaluation would, after hours."""
+def _check_texts(recipe: Recipe, base: sources.Base) -> None:
+    """Raise what training or evaluation would raise after hours: SourceError without a tokenizer, and
+    CalibrationError for a text that is not there, or windows that are too long for the model.
+    """
+    text.load_tokenizer(base.folder)
+    context = base.config.get("max_position_embeddings") or base.config.get("max_seq_len") or math.inf
     for passage in filter(None, [*recipe.evaluation.perplexity, recipe.evaluation.fidelity]):
         keys.text_revision(passage.text, passage.column)
+        if passage.length > context:
+            raise CalibrationError(
+                f"the model cannot be asked about windows of {passage.length} tokens of {passage.text}",
+                saw=f"a context of {context} tokens",
+                try_="a smaller `length` in the recipe's `evaluation`",
+            )
     for step in recipe.steps:
         if isinstance(step, Recover):
             keys.training_revisions(step)
@@ -437,9 +448,7 @@ def _tasks(
 
 
 def _read_passage(folder: Path, passage: Passage) -> tuple[text.Ids, text.Text]:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    tokenizer = text.load_tokenizer(folder)
     enough = passage.windows * passage.length * 16  # bytes; more than any tokenizer needs
     words = text.read_text(passage.text, column=passage.column, limit_bytes=enough)
     return text.windows(text.token_ids(tokenizer, words), passage.windows, passage.length), words

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from zoo.errors import CalibrationError
+from zoo.errors import CalibrationError, SourceError, last_line
 from zoo.files import sha256_file, sha256_tree
 
 PROSE = Path(__file__).parent / "tasks" / "prose.txt"
@@ -113,6 +113,24 @@ def expand(path: str) -> Path:
     """`path` with `~` and `${ZOO_SHARED}` replaced."""
     beside = Path(__file__).resolve().parents[2] / "shared"
     return Path(path.replace(SHARED, os.environ.get("ZOO_SHARED") or str(beside))).expanduser()
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a model folder. Raises SourceError if there is none that transformers reads."""
+    from transformers import AutoTokenizer
+
+    try:
+        found = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        saw = "" if len(found) > len(found.all_special_ids) else "no token"  # as of no file at all
+    except Exception as error:  # it tells of missing and damaged files in every type of exception
+        saw = last_line(error)
+    if saw:
+        raise SourceError(
+            f"{folder} has no tokenizer that transformers reads",
+            saw=saw,
+            try_="`save_pretrained` of the tokenizer, into that folder",
+        )
+    return found
 
 
 def token_ids(tokenizer: Any, text: Text) -> Ids:

@@ -361,6 +361,17 @@ def test_a_folder_of_the_user_is_left_as_it_is(tmp_path: Path) -> None:
     assert place.zoo("fsck", *again[2:]).returncode == 0
 
 
+def test_what_would_fail_after_hours_is_refused_at_once(tmp_path: Path) -> None:
+    place = Place(tmp_path / "place")
+    base = tiny_mpt(tmp_path / "mpt")
+    long = {"perplexity": [{"windows": 1, "length": 4096}], "fidelity": None, "tasks": []}
+    refused(place.zoo(*place.arguments("long", base, evaluation=long)), 1, "4096 tokens", "a context of")
+    for path in base.glob("tokenizer*"):
+        path.unlink()
+    refused(place.zoo(*place.arguments("mute", base)), 1, "has no tokenizer")
+    assert not list((place.store / "objects").glob("*/*")), "nothing was begun"
+
+
 # --- killed, raced, interrupted ---
 
 

@@ -92,3 +92,9 @@ class Stopped(ZooError):
 
     def __reduce__(self) -> tuple[object, ...]:
         return Stopped, (self.what, self.signal)
+
+
+def last_line(error: BaseException) -> str:
+    """What another library's error says, in a line: its type and its last words."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[-1].strip()[:300]}" if lines else type(error).__name__

@@ -142,9 +142,7 @@ def store_tokens(
     key = sha256_json({"tokens": CODE_VERSION, "of": identity, "limit": limit, "tokenizer": pieces})
     with store.locked(key):
         if (done := store.get(key)) is None:
-            from transformers import AutoTokenizer
-
-            tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=False)
+            tokenizer = text.load_tokenizer(model)
             with store.writing(key) as out:
                 count = write_tokens(out / FILE, _ids(tokenizer, documents), len(tokenizer), limit)
             say(f"  {count:,} tokens of {identity[1]}")

@@ -82,9 +82,7 @@ def _complete_lines(path: Path, wanted: int, batch: int) -> list[tuple[str, str]
 
 def _conversations(pairs: list[tuple[str, str]], model: Path) -> Iterator[str]:
     """Prompt and answer as one text, in the model's chat template if it has one."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=False)
+    tokenizer = text.load_tokenizer(model)
     for prompt, answer in pairs:
         if tokenizer.chat_template is None:
             yield f"{prompt}\n{answer}"
