@@ -25,7 +25,7 @@ from pipelines.families import Family, family_of
 from zoo.entry import Layer
 from zoo.errors import FormatError, NumericsError, SourceError
 from zoo.files import told_plainly
-from zoo.formats import weight_files
+from zoo.formats import COMPANIONS, TERMS, weight_files
 
 SHARD_BYTES = 2 << 30
 WEIGHTS = "model.safetensors"
@@ -33,11 +33,6 @@ INDEX = "model.safetensors.index.json"
 COMPRESSION = "compression.json"
 GRID = "grid.safetensors"
 TRAINING = "training.json"
-SIDE = (
-    "config.json", "generation_config.json", "tokenizer*.json", "tokenizer.model", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
-)  # fmt: skip
-LEGAL = ("LICENSE*", "NOTICE*", "USE_POLICY*")
 FULL_DISK = re.compile(r"No space left|os error 28|PytorchStreamWriter failed writing|unexpected pos")
 
 
@@ -242,7 +237,7 @@ class CheckpointWriter:
 
 def side_files(folder: Path) -> list[Path]:
     """Config, tokenizer, terms and history: what a step copies unchanged beside new weights."""
-    patterns = (*SIDE, *LEGAL, TRAINING)
+    patterns = (*COMPANIONS, *TERMS, TRAINING)
     return sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
 
 

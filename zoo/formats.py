@@ -27,6 +27,12 @@ GGUF_DEFAULT_ALIGNMENT = 32
 SAFETENSORS_MAX_HEADER = 100_000_000
 # What may stand beside a model's weights: the scales behind them, and the same weights for the sparse runner.
 SIDE_FILES = ("grid.safetensors", "packed.safetensors")
+# What a model folder has beside its weights, and the terms it comes under.
+COMPANIONS = (
+    "config.json", "generation_config.json", "tokenizer*.json", "tokenizer.model", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
+)  # fmt: skip
+TERMS = ("LICENSE*", "NOTICE*", "USE_POLICY*")
 MAX_ELEMENTS = 2**63 - 1
 
 SAFETENSORS_BITS = {

@@ -16,18 +16,14 @@ from zoo.analyze import Analysis, TensorAnalysis
 from zoo.entry import EntryId, Layer
 from zoo.errors import FormatError, SourceError, UsageError
 from zoo.files import sha256_file
-from zoo.formats import SIDE_FILES, check_gguf, check_safetensors, weight_files
+from zoo.formats import COMPANIONS, SIDE_FILES, TERMS, check_gguf, check_safetensors, weight_files
 from zoo.hub.front_matter import card_data
 from zoo.progress import say, track
 from zoo.runner.checkpoint import Checkpoint
 
 UNKNOWN = "unknown"  # a base model or revision that the publisher does not name
 # What a model folder is made of, its licence and notices among it. Pickled weights are never fetched.
-PATTERNS = (
-    "config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json",
-    "tokenizer*.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "chat_template.jinja", "recipe.yaml", "LICENSE*", "NOTICE*", "USE_POLICY*",
-)  # fmt: skip
+PATTERNS = ("*.safetensors", "*.safetensors.index.json", *COMPANIONS, *TERMS, "recipe.yaml")
 CARD = "README.md"
 _GROUPS = (4, 8, 16, 32)  # of the patterns keep:group that are looked for, smallest first
 _SLACK = 0.02  # by which fewer weights may be left than a pattern keeps
