@@ -26,7 +26,7 @@ demo: $(READY)
 	@echo "== Done. For zoo list, zoo app and all others to know it: export ZOO_REGISTRY=\"\$$PWD/$$ZOO_REGISTRY\""
 
 test: $(READY) lint
-	@echo "== Tests, those on real models included: about 25 minutes on 2 cores"
+	@echo "== Tests, those on real models included: about 30 minutes on 2 cores"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(CORES) --dist loadfile --no-loadscope-reorder
 
 lint: $(READY)

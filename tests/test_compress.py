@@ -665,7 +665,7 @@ def test_a_truncated_shard_is_refused_before_anything_is_written(tmp_path: Path)
 
 # --- Memory
 
-WIDTH, INNER, HEADS, WORDS = 2048, 5504, 16, 32000  # half as wide as Llama-2-7B
+WIDTH, INNER, HEADS, WORDS = 4096, 11008, 32, 32000  # of Llama-2-7B
 MEASURED = """
 import json, sys
 from pathlib import Path
@@ -675,7 +675,7 @@ from pipelines import checkpoint
 from pipelines.compress import run_step
 from pipelines.recipe import Step
 
-checkpoint.SHARD_BYTES = 1 << 26  # or the shard being collected, 2 GiB at most, hides the rest
+checkpoint.SHARD_BYTES = int(sys.argv[4])  # or the shard being collected, 2 GiB at most, hides the rest
 step = TypeAdapter(Step).validate_python(json.loads(sys.argv[3]))
 windows = torch.randint(0, 32000, (2, 128), generator=torch.Generator().manual_seed(0))
 run_step(step, Path(sys.argv[1]), Path(sys.argv[2]), windows if step.calibrated else None)
@@ -684,16 +684,17 @@ print(next(line.split()[1] for line in status.splitlines() if line.startswith("V
 """
 
 
-def wide_model(folder: Path, layers: int) -> Path:
-    """A wide model in bfloat16, one shard per layer."""
+def wide_model(folder: Path, layers: int, part: int) -> Path:
+    """A model in bfloat16, 1 / `part` as wide as Llama-2-7B, one shard per layer."""
+    width, inner, heads = WIDTH // part, INNER // part, HEADS // part
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "hidden_size": WIDTH,
-        "intermediate_size": INNER,
+        "hidden_size": width,
+        "intermediate_size": inner,
         "num_hidden_layers": layers,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": HEADS,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
         "vocab_size": WORDS,
         "tie_word_embeddings": False,
     }
@@ -706,16 +707,16 @@ def wide_model(folder: Path, layers: int) -> Path:
         starts = torch.randint(len(noise) - columns, (rows,), generator=torch.Generator().manual_seed(seed))
         return torch.stack([noise[start : start + columns] for start in starts.tolist()])
 
-    shapes = {f"self_attn.{x}_proj": (WIDTH, WIDTH) for x in "qkvo"} | {
-        "mlp.gate_proj": (INNER, WIDTH),
-        "mlp.up_proj": (INNER, WIDTH),
-        "mlp.down_proj": (WIDTH, INNER),
+    shapes = {f"self_attn.{x}_proj": (width, width) for x in "qkvo"} | {
+        "mlp.gate_proj": (inner, width),
+        "mlp.up_proj": (inner, width),
+        "mlp.down_proj": (width, inner),
     }
     shards: dict[str, dict[str, Tensor]] = {
         "outer": {
-            "model.embed_tokens.weight": random(WORDS, WIDTH, 1),
-            "lm_head.weight": random(WORDS, WIDTH, 2),
-            "model.norm.weight": torch.ones(WIDTH, dtype=torch.bfloat16),
+            "model.embed_tokens.weight": random(WORDS, width, 1),
+            "lm_head.weight": random(WORDS, width, 2),
+            "model.norm.weight": torch.ones(width, dtype=torch.bfloat16),
         }
     }
     table = {}
@@ -725,7 +726,7 @@ def wide_model(folder: Path, layers: int) -> Path:
             f"{prefix}{name}.weight": random(*shape, 100 * index + number)
             for number, (name, shape) in enumerate(shapes.items(), 3)
         } | {
-            f"{prefix}{name}.weight": torch.ones(WIDTH, dtype=torch.bfloat16)
+            f"{prefix}{name}.weight": torch.ones(width, dtype=torch.bfloat16)
             for name in ("input_layernorm", "post_attention_layernorm")
         }
         for name, tensors in shards.items():
@@ -737,25 +738,43 @@ def wide_model(folder: Path, layers: int) -> Path:
     return folder
 
 
+def peak(place: Path, method: str, layers: int, part: int, shard: int) -> float:
+    """GiB that a process needs to prune `layers` layers, in shards of so many bytes."""
+    folder, out = wide_model(place / "model", layers, part), place / "out"
+    out.mkdir()
+    settings = json.dumps(prune(method).model_dump(mode="json"))
+    command = [sys.executable, "-c", MEASURED, str(folder), str(out), settings, str(shard)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0, run.stderr
+    assert len(records(out)) == 7 * layers
+    assert {r["sparsity"] for r in records(out).values()} == {0.5}
+    for made in (out, folder):
+        shutil.rmtree(made)
+    return int(run.stdout.split()[-1]) / 2**20
+
+
+needs_proc = pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="reads the peak memory from /proc"
+)
+
+
 @pytest.mark.real
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak memory from /proc")
+@needs_proc
+@pytest.mark.parametrize("method", ["magnitude", "wanda"])
+def test_a_layer_of_7b_needs_little_memory(method: str, tmp_path: Path) -> None:
+    """It takes 0.38 GiB in bfloat16, and the solver sees it in float32."""
+    found = peak(tmp_path, method, layers=1, part=1, shard=1 << 28)
+    print(f"{method}: peak memory {found:.2f} GiB")
+    assert found < 6
+
+
+@pytest.mark.real
+@needs_proc
 @pytest.mark.parametrize("method, fewer, more", [("magnitude", 2, 8), ("wanda", 1, 5)])
 def test_memory_does_not_grow_with_the_number_of_layers(
     method: str, fewer: int, more: int, tmp_path: Path
 ) -> None:
-    """A layer takes 97 MiB in bfloat16, and the solver sees it in float32."""
-    peaks = {}
-    for layers in (fewer, more):
-        folder, out = wide_model(tmp_path / "model", layers), tmp_path / "out"
-        out.mkdir()
-        settings = json.dumps(prune(method).model_dump(mode="json"))
-        command = [sys.executable, "-c", MEASURED, str(folder), str(out), settings]
-        run = subprocess.run(command, capture_output=True, text=True, timeout=600)
-        assert run.returncode == 0, run.stderr
-        peaks[layers] = int(run.stdout.split()[-1]) / 2**20
-        assert len(records(out)) == 7 * layers
-        assert {r["sparsity"] for r in records(out).values()} == {0.5}
-        shutil.rmtree(out)
-        shutil.rmtree(folder)
+    """Of half that width, where a layer takes 97 MiB in bfloat16."""
+    peaks = {layers: peak(tmp_path, method, layers, part=2, shard=1 << 26) for layers in (fewer, more)}
     print(f"{method}: peak memory in GiB by number of layers: {peaks}")
     assert peaks[more] - peaks[fewer] < 0.25  # four or six layers more would be 0.38 GiB at least

@@ -358,6 +358,8 @@ def test_a_folder_of_the_user_is_left_as_it_is(tmp_path: Path) -> None:
     done = place.zoo(*again)
     assert done.returncode == 0, done.stderr
     assert file_table(shipped) == kept
+    compared = place.zoo("compare", "plain", "other", "--registry", place.registry)
+    assert (compared.returncode, compared.stderr) == (0, "") and "perplexity" in compared.stdout
     assert place.zoo("fsck", *again[2:]).returncode == 0
 
 

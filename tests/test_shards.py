@@ -147,6 +147,11 @@ def test_answers_that_do_not_fit_are_refused(done: tuple[Work, Answers], tmp_pat
 
 def test_a_model_that_no_worker_can_open_is_told(done: tuple[Work, Answers], tmp_path: Path) -> None:
     broken = tiny_llama(tmp_path / "broken")
+    data = (broken / "model.safetensors").read_bytes()
+    (broken / "model.safetensors").write_bytes(data[: len(data) // 2])
+    with pytest.raises(ZooError, match=r"broken.*not a sound safetensors file"):
+        answers_of(elsewhere(done[0], tmp_path / "cut", model=broken, workers=2))
+    (broken / "model.safetensors").write_bytes(data)
     config = (broken / "config.json").read_text()
     (broken / "config.json").write_text(config.replace('"num_hidden_layers": 3', '"num_hidden_layers": 4'))
     work = elsewhere(done[0], tmp_path / "store", model=broken, workers=2)
