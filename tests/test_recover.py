@@ -7,12 +7,15 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from accelerate import Accelerator
@@ -34,8 +37,17 @@ from pipelines.text import PROSE
 from tests.process import PATIENCE_S, QUIET, ROOT
 from tests.tiny import VOCABULARY, tiny_llama, tiny_mpt
 from zoo.entry import TrainingPoint
-from zoo.errors import CalibrationError, FormatError, NumericsError, PatternError, StoreError, UsageError
+from zoo.errors import (
+    CalibrationError,
+    FormatError,
+    Lost,
+    NumericsError,
+    PatternError,
+    StoreError,
+    UsageError,
+)
 from zoo.files import Store, sha256_json
+from zoo.jobs.transient import transient
 from zoo.runner.config import modules_of
 from zoo.runner.format import unpack
 from zoo.runner.numpy_engine import NumpyEngine
@@ -507,6 +519,38 @@ def test_an_error_of_several_processes_is_told_as_that_of_one(
     with pytest.raises(PatternError) as together:
         launched(job(tmp_path / "two", models, "teacher", prune=prune), 2)
     assert str(together.value) == str(alone.value)
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def kill_one_that_trains() -> None:
+    """kill -9 of one of two processes of a training, once they talk to each other."""
+    deadline = time.monotonic() + PATIENCE_S
+    together: list[psutil.Process] = []
+    while len(together) < 2 and time.monotonic() < deadline:
+        time.sleep(0.1)
+        with suppress(psutil.Error):  # one has ended meanwhile
+            commands = {p: " ".join(p.cmdline()) for p in psutil.Process().children(recursive=True)}
+            found = [p for p, c in commands.items() if "recover --job" in c and "launcher" not in c]
+            together = [p for p in found if sum(c.status == "ESTABLISHED" for c in p.net_connections()) > 1]
+    time.sleep(1)  # some of its steps
+    together[1].kill()
+
+
+@pytest.mark.real
+def test_a_killed_process_of_several_is_told_and_the_training_may_go_on(
+    models: dict[str, Path],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The other process fails too, of a lost connection: which of the two ends first is a race."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    killer = threading.Thread(target=kill_one_that_trains)
+    killer.start()
+    with pytest.raises(Lost, match="lost") as lost:
+        launched(job(tmp_path, models, "teacher", budget={"tokens": 128 * 20_000}), 2)
+    killer.join()
+    assert transient(lost.value) and "run it again" in str(lost.value)
     assert "Traceback" not in capfd.readouterr().err
 
 

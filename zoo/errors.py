@@ -83,6 +83,10 @@ class HubError(ZooError):
     """A Hub or zoo server that cannot be reached, refuses, or sends what it should not."""
 
 
+class Lost(ZooError):
+    """One of several processes is gone, or they lost each other; the same may succeed a little later."""
+
+
 class Stopped(ZooError):
     """Ended by a signal; exit code 128 + its number, as shells have it."""
 

@@ -8,7 +8,6 @@ training's state too; on others every call begins anew, as each would have a par
 from __future__ import annotations
 
 import gc
-import pickle
 import shutil
 import socket
 import subprocess
@@ -24,14 +23,14 @@ import torch
 
 from pipelines import cluster, lifeline
 from pipelines.cluster import Reserved
+from pipelines.recover.launcher import PARTED, tell, told
 from pipelines.recover.state import Progress, newest, read_progress
 from pipelines.recover.train import Job, recover, shares
 from zoo.entry import Record
-from zoo.errors import ZooError
-from zoo.files import atomic_file
+from zoo.errors import Lost, ZooError, last_line
 from zoo.progress import say
 
-ERROR = "error.pickle"  # beside a machine's job: why it ended
+JOB = "job.json"
 POLL_S = 0.1
 PATIENCE_S = 60.0  # until the cluster knows of a lost machine, which the others notice at once
 
@@ -61,14 +60,20 @@ def launched(job: Job, processes: int) -> Progress:
         own = _start(job, Path(scratch), group, rank=0, log=subprocess.PIPE)
         words = threading.Thread(target=_pass_on, args=(own.stdout, Path(scratch)))
         words.start()
+        theirs: ZooError | None = None
+        code = 1
         try:
             said = group.model_dump_json()
             asked = [m.train.remote(job.model_dump_json(), said, rank) for rank, m in enumerate(others, 1)]
             code = _watched(own, asked)
+        except ZooError as error:
+            theirs = error
         finally:
             lifeline.end(own)
             words.join()
-        _raise_error(Path(scratch))
+        errors = [error for error in (told(Path(scratch, JOB)), theirs) if error is not None]
+        if errors:  # that a machine lost another tells less than why the other went
+            raise min(errors, key=lambda error: isinstance(error, Lost))
     state = newest(job.state)
     if code or state is None:
         raise ZooError(f"training in {group.machines * processes} processes ended with code {code}")
@@ -80,22 +85,20 @@ def work(description: Path) -> int:
     try:
         recover(Job.model_validate_json(description.read_text()))
     except ZooError as error:
-        with atomic_file(description.with_name(ERROR)) as out:
-            out.write_bytes(pickle.dumps(error))
+        tell(description, error)
         return 1
+    except RuntimeError as error:
+        if not (isinstance(error, torch.distributed.DistError) or "gloo" in str(error)):
+            raise
+        say(f"  recover: a process lost another: {last_line(error)}")
+        return PARTED
     return 0
 
 
-def _raise_error(scratch: Path) -> None:
-    """Raise what a process of this machine ended with, if one did."""
-    if (scratch / ERROR).is_file():
-        raise pickle.loads((scratch / ERROR).read_bytes())
-
-
 def _pass_on(words: IO[bytes], scratch: Path) -> None:
-    """Say what the processes say, up to an error: the launchers' own tracebacks tell nothing of it."""
+    """Say what the processes say, up to an error: what launchers say of it then tells no more."""
     for line in words:
-        if not (scratch / ERROR).is_file():
+        if told(scratch / JOB) is None:
             sys.stderr.write(line.decode(errors="replace"))
 
 
@@ -125,7 +128,8 @@ class Machine:
                     code = process.wait()
                 finally:
                     lifeline.end(process)
-            _raise_error(folder)
+            if (error := told(folder / JOB)) is not None:
+                raise error
             lines = said.read_text(errors="replace").strip().splitlines()
             return code, lines[-1][:300] if code and lines else ""
 
@@ -166,7 +170,7 @@ def _forget_parts(job: Job, others: Sequence[Any]) -> None:
 
 def _start(job: Job, scratch: Path, group: Group, rank: int, log: IO[bytes] | int) -> subprocess.Popen[bytes]:
     """Start this machine's processes."""
-    description = scratch / "job.json"
+    description = scratch / JOB
     description.write_text(job.model_dump_json())
     options = {
         "num_processes": group.machines * group.processes,
@@ -178,7 +182,7 @@ def _start(job: Job, scratch: Path, group: Group, rank: int, log: IO[bytes] | in
         "mixed_precision": "no",
         "dynamo_backend": "no",
     }
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]  # by gloo on CPUs
+    command = [sys.executable, "-m", "pipelines.recover.launcher", "--multi_gpu"]  # by gloo on CPUs
     command += [word for name, value in options.items() for word in (f"--{name}", str(value))]
     return lifeline.start([*command, "-m", "pipelines.recover", "--job", str(description)], log)
 

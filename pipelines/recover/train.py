@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -425,7 +426,10 @@ def _prepared(job: Job, accelerator: Any) -> tuple[nn.Module, Any, Teacher | Non
         teacher = Teacher(job.teacher, step.losses, compiled)
     student = Student(load_student(step, job.student), step.losses, compiled)
     optimizer = _optimizer(step.optimizer, student)
-    student, optimizer = accelerator.prepare(student, optimizer)
+    with warnings.catch_warnings():
+        # accelerate knows no other name for it yet
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+        student, optimizer = accelerator.prepare(student, optimizer)
     return student, optimizer, teacher
 
 

@@ -1,9 +1,11 @@
-"""Which failures may be gone the next time: the network, a busy server, a lost database connection."""
+"""Which failures may be gone the next time: the network, a busy server, a lost process or connection."""
 
 from __future__ import annotations
 
 import errno
 from collections.abc import Iterator
+
+from zoo.errors import Lost
 
 _ERRNOS = {
     errno.ECONNRESET, errno.ECONNREFUSED, errno.ECONNABORTED, errno.ETIMEDOUT, errno.EHOSTUNREACH,
@@ -52,7 +54,7 @@ def _is_transient(error: BaseException) -> bool:
     answer = getattr(error, "response", None)
     if isinstance(answer, dict):  # botocore's
         return _is_busy(answer.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
-    if isinstance(error, httpx2.TransportError | ConnectionError | TimeoutError):
+    if isinstance(error, httpx2.TransportError | ConnectionError | TimeoutError | Lost):
         return True
     if isinstance(error, DBAPIError):
         state = getattr(error.orig, "sqlstate", None)
