@@ -23,12 +23,13 @@ from pydantic import TypeAdapter
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from pipelines.cluster import Reserved
 from pipelines.compress import run_step
 from pipelines.recipe import Prune, Recover
 from pipelines.recover import prune as prune_module
 from pipelines.recover import train as recover_module
 from pipelines.recover.data import tokenized
-from pipelines.recover.launch import launched
+from pipelines.recover.launch import Group, Machine, launched
 from pipelines.recover.rounding import Rounder
 from pipelines.recover.state import newest, read_progress
 from pipelines.recover.student import Student, rounders
@@ -47,6 +48,7 @@ from zoo.errors import (
     UsageError,
 )
 from zoo.files import Store, sha256_json
+from zoo.jobs.joblist import Needs
 from zoo.jobs.transient import transient
 from zoo.runner.config import modules_of
 from zoo.runner.format import unpack
@@ -552,6 +554,19 @@ def test_a_killed_process_of_several_is_told_and_the_training_may_go_on(
     killer.join()
     assert transient(lost.value) and "run it again" in str(lost.value)
     assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.real
+def test_another_machine_says_what_nobody_foresaw(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last words of the process that failed, not those of the launcher."""
+    monkeypatch.setenv("ACCELERATE_USE_MEGATRON_LM", "true")  # which is not installed
+    theirs = Reserved(address="none", group="none", needs=Needs(workers=1), store=tmp_path, shared=None)
+    work, group = job(tmp_path, models, "teacher"), Group(machines=1, processes=2)
+    machine = Machine(theirs.model_dump_json())
+    code, words = machine.train(work.model_dump_json(), group.model_dump_json(), 0)
+    assert code == 1 and words.startswith("ImportError: Megatron is not installed")
 
 
 def test_sharded_weights_are_gathered_as_they_are_exported() -> None:

@@ -130,7 +130,8 @@ class Machine:
                     lifeline.end(process)
             if (error := told(folder / JOB)) is not None:
                 raise error
-            lines = said.read_text(errors="replace").strip().splitlines()
+            words = said.read_text(errors="replace").strip().splitlines()
+            lines = [line for line in words if "torch/distributed/elastic" not in line]  # the launcher's own
             return code, lines[-1][:300] if code and lines else ""
 
     def _mine(self, job: Job, scratch: Path) -> Job:

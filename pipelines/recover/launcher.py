@@ -49,16 +49,20 @@ def main() -> None:
     try:
         launch_command(options)
     except ChildFailedError as error:
-        if told(job) is None:
-            tell(job, _reason(error.failures.values()))
+        reason = _reason(error.failures.values())
+        if reason is not None and told(job) is None:
+            tell(job, reason)
         sys.exit(1)
     except (DistError, RendezvousError) as error:
         tell(job, Lost("the machines of the training did not meet", saw=last_line(error), try_=_AGAIN))
         sys.exit(1)
 
 
-def _reason(failures: Iterable[Any]) -> ZooError:
-    """Why processes (torch's ProcessFailure) failed: the launcher ends the others by SIGTERM."""
+def _reason(failures: Iterable[Any]) -> ZooError | None:
+    """Why processes (torch's ProcessFailure) failed, of which the launcher has ended the others by SIGTERM.
+
+    None if the first one has said it itself.
+    """
     consequences = (-signal.SIGTERM, PARTED)
     first = min(failures, key=lambda failure: (failure.exitcode in consequences, failure.timestamp))
     if first.exitcode == PARTED:
@@ -66,8 +70,9 @@ def _reason(failures: Iterable[Any]) -> ZooError:
     if -first.exitcode in (signal.SIGKILL, signal.SIGTERM):
         ended = f"process {first.pid} was ended by {first.signal_name()}"
         return Lost("the training lost one of its processes", saw=ended, try_=_AGAIN)
-    how = f"by {first.signal_name()}" if first.exitcode < 0 else f"with code {first.exitcode}"
-    return ZooError(f"a process of the training ended {how}", saw="what it said stands above")
+    if first.exitcode < 0:
+        return ZooError(f"a process of the training was ended by {first.signal_name()}")
+    return None
 
 
 if __name__ == "__main__":
