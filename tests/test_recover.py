@@ -562,6 +562,7 @@ def test_another_machine_says_what_nobody_foresaw(
 ) -> None:
     """The last words of the process that failed, not those of the launcher."""
     monkeypatch.setenv("ACCELERATE_USE_MEGATRON_LM", "true")  # which is not installed
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # as a machine sets it, for this test only
     theirs = Reserved(address="none", group="none", needs=Needs(workers=1), store=tmp_path, shared=None)
     work, group = job(tmp_path, models, "teacher"), Group(machines=1, processes=2)
     machine = Machine(theirs.model_dump_json())
