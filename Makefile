@@ -25,9 +25,10 @@ demo: $(READY)
 	$(BIN)/python -m pipelines.demo $$(sed -n 's/^name: //p' $(RECIPE))
 	@echo "== Done. For zoo list, zoo app and all others to know it: export ZOO_REGISTRY=\"\$$PWD/$$ZOO_REGISTRY\""
 
+# A process of the tests that crashes ends them, naming the test; pytest-xdist would wait for ever for its others.
 test: $(READY) lint
 	@echo "== Tests, those on real models included: about 30 minutes on 2 cores"
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(CORES) --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(CORES) --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -557,16 +557,21 @@ def test_a_killed_process_of_several_is_told_and_the_training_may_go_on(
 
 
 @pytest.mark.real
-def test_another_machine_says_what_nobody_foresaw(
-    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_machine_says_what_nobody_foresaw(models: dict[str, Path], tmp_path: Path) -> None:
     """The last words of the process that failed, not those of the launcher."""
-    monkeypatch.setenv("ACCELERATE_USE_MEGATRON_LM", "true")  # which is not installed
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # as a machine sets it, for this test only
+    ray = pytest.importorskip("ray", reason="needs Ray: pip install '.[ray]' in a checkout")
+    environment = {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_MEGATRON_LM": "true"}  # which is not installed
     theirs = Reserved(address="none", group="none", needs=Needs(workers=1), store=tmp_path, shared=None)
     work, group = job(tmp_path, models, "teacher"), Group(machines=1, processes=2)
-    machine = Machine(theirs.model_dump_json())
-    code, words = machine.train(work.model_dump_json(), group.model_dump_json(), 0)
+    ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    try:
+        actor = ray.remote(Machine).options(num_cpus=1, runtime_env={"env_vars": environment})
+        asked = actor.remote(theirs.model_dump_json()).train.remote(
+            work.model_dump_json(), group.model_dump_json(), 0
+        )
+        code, words = ray.get(asked, timeout=PATIENCE_S)
+    finally:
+        ray.shutdown()
     assert code == 1 and words.startswith("ImportError: Megatron is not installed")
 
 
