@@ -190,7 +190,7 @@ def _local_data_set(source: str, split: str) -> tuple[Options, str, str]:
         return options, path.name, sha256_file(path)
     if path.is_dir():
         folder, config = path, None
-    elif path.parent.is_dir() and (path.parent / "README.md").is_file():
+    elif path.name in _configurations(path.parent):
         folder, config = path.parent, path.name
     else:
         raise CalibrationError(f"there is no text at {path}", saw=_what_is(path), expected=FORMS)
@@ -198,9 +198,24 @@ def _local_data_set(source: str, split: str) -> tuple[Options, str, str]:
     return options, f"{path.name}:{split}", sha256_tree(folder)
 
 
+def _configurations(folder: Path) -> list[str]:
+    """The names in a data set's README.md; none of a folder that is no data set."""
+    from huggingface_hub import metadata_load
+    from yaml import YAMLError
+
+    try:
+        named = (metadata_load(folder / "README.md") or {}).get("configs")
+    except (OSError, ValueError, YAMLError):
+        return []
+    listed = named if isinstance(named, list) else []
+    return [str(one["config_name"]) for one in listed if isinstance(one, dict) and "config_name" in one]
+
+
 def _what_is(path: Path) -> str:
     if path.is_file():
         return f"a file ending in {path.suffix or 'nothing'}"
+    if configurations := _configurations(path.parent):
+        return f"{path.parent} has {', '.join(configurations[:20])}, not {path.name}"
     return f"{path.parent} exists, {path.name} does not" if path.parent.is_dir() else "no such folder either"
 
 

@@ -120,7 +120,17 @@ def test_bad_columns(parquet: Path, options: dict[str, Any], says: str) -> None:
         read_text(str(parquet), **options)
 
 
+@pytest.mark.parametrize("readme", ["# A project\n", "---\nconfigs: [a\n---\n", "---\nconfigs: 3\n---\n"])
+def test_a_folder_with_a_readme_is_no_data_set(tmp_path: Path, readme: str) -> None:
+    """Its files, of which there may be gigabytes, are not read for a misspelt name."""
+    (tmp_path / "README.md").write_text(readme)
+    with pytest.raises(CalibrationError, match=r"there is no text at .*absent\.txt"):
+        read_text(str(tmp_path / "absent.txt"))
+
+
 def test_bad_data_sets(data_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(CalibrationError, match="has plain-config, other-config, not other-confg"):
+        read_text(f"{data_set}/other-confg")
     with pytest.raises(CalibrationError, match="plain-config"):  # lists the configurations
         read_text(str(data_set))
     with pytest.raises(CalibrationError, match="cannot be read"):
