@@ -84,6 +84,8 @@ def work(description: Path) -> int:
     """Be one process of a training: its exit code. If it fails, why stands beside the job."""
     try:
         recover(Job.model_validate_json(description.read_text()))
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()  # else NCCL warns of it
     except ZooError as error:
         tell(description, error)
         return 1
