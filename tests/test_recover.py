@@ -512,8 +512,15 @@ def test_two_processes_learn_what_one_does(
 
 @pytest.mark.real
 def test_an_error_of_several_processes_is_told_as_that_of_one(
-    models: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    models: dict[str, Path],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """And nothing stays of the launcher."""
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
     prune = {"method": "magnitude", "pattern": {"keep": 4, "group": 100}}
     with pytest.raises(PatternError, match=r"model\.layers\.0.*100") as alone:
         recover(job(tmp_path / "one", models, "teacher", prune=prune))
@@ -522,6 +529,7 @@ def test_an_error_of_several_processes_is_told_as_that_of_one(
         launched(job(tmp_path / "two", models, "teacher", prune=prune), 2)
     assert str(together.value) == str(alone.value)
     assert "Traceback" not in capfd.readouterr().err
+    assert not any(temporary.glob("torchelastic*"))
 
 
 def kill_one_that_trains() -> None:

@@ -181,6 +181,7 @@ def _start(job: Job, scratch: Path, group: Group, rank: int, log: IO[bytes] | in
         "machine_rank": rank,
         "main_process_ip": group.ip,
         "main_process_port": group.port,
+        "log_dir": scratch / "launcher",  # else it leaves a temporary folder behind
         # The training itself says what these are; a machine's own configuration is not to.
         "mixed_precision": "no",
         "dynamo_backend": "no",
