@@ -50,7 +50,10 @@ def read(path: Path, count: int) -> list[Question]:
         rows = pq.read_table(path, columns=["ctx", "endings", "label"]).to_pylist()
     except ValueError as error:  # pyarrow's errors are
         raise CalibrationError(f"{path} holds no questions", saw=last_line(error)) from error
-    places = np.linspace(0, len(rows), min(count, len(rows)), endpoint=False).astype(int)
+    count = min(count, len(rows))
+    if count < 2:
+        raise CalibrationError(f"{count} questions of {path} tell no error", expected="2 at least")
+    places = np.linspace(0, len(rows), count, endpoint=False).astype(int)
     return [Question(rows[i]["ctx"], rows[i]["endings"], int(rows[i]["label"])) for i in places]
 
 

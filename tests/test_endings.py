@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks import endings
 from tests.tiny import tiny_llama
+from zoo.errors import CalibrationError
 
 Values = npt.NDArray[np.float64]
 QUESTIONS = [
@@ -101,6 +102,8 @@ def test_what_cannot_be_read_is_told(
     questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pq.write_table(pa.table({"text": ["a"]}), tmp_path / "other.parquet")
+    with pytest.raises(CalibrationError, match="1 questions of"):
+        endings.read(questions, 1)
     for model, path, words in (
         (tmp_path, questions, "is no model folder"),
         (tmp_path / "model", questions, "there is no model at"),
