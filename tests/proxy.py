@@ -6,7 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from urllib.parse import urlsplit
 
 CHUNK = 1 << 16
@@ -57,21 +57,25 @@ class Proxy:
             target.shutdown(socket.SHUT_WR)
         except OSError:
             for end in (source, target):
-                end.close()
+                _break(end)
 
     def cut(self) -> None:
         """Break every connection; new ones can be made."""
-        for end in self._open:
-            try:
-                end.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                end.close()
-        self._open.clear()
+        broken, self._open = self._open, []
+        for end in broken:
+            _break(end)
 
     def close(self) -> None:
         self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
         self.cut()
+
+
+def _break(end: socket.socket) -> None:
+    """Close it, also for the thread that waits for its data: `close` alone leaves it open until some come."""
+    with suppress(OSError):  # broken already
+        end.shutdown(socket.SHUT_RDWR)
+    end.close()
 
 
 @contextmanager
