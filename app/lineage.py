@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from cards.render import recipe_steps
+from cards.render import branches_of, recipe_steps
 
-DONE = {"prune": "pruned", "quantize": "quantized", "recover": "recovered"}
+DONE = {"prune": "pruned", "quantize": "quantized", "recover": "recovered", "average": "averaged"}
 
 
 class Made(NamedTuple):
@@ -22,8 +22,7 @@ def steps(recipe: str) -> list[Made]:
 
 
 def _made(step: dict[str, Any]) -> Made:
-    kind = str(step.get("kind", "?"))
-    what = DONE.get(kind, kind)
+    kind, what = str(step.get("kind", "?")), _what(step)
     how = [str(step["method"])] if isinstance(step.get("method"), str) else []
     pattern = step.get("pattern")
     if isinstance(pattern, dict):
@@ -36,7 +35,13 @@ def _made(step: dict[str, Any]) -> Made:
         how += _grid(step.get("grid") if isinstance(step.get("grid"), dict) else step)
     if kind == "recover" and isinstance(step.get("tokens"), int):
         how.append(f"{step['tokens']:,} tokens")
+    how += [" and ".join(map(_what, branch)) or "as it is" for branch in branches_of(step)]
     return Made(what, ", ".join(how))
+
+
+def _what(step: dict[str, Any]) -> str:
+    kind = str(step.get("kind", "?"))
+    return DONE.get(kind, kind)
 
 
 def _pattern(pattern: dict[str, Any]) -> list[str]:

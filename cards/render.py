@@ -10,6 +10,7 @@ import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from statistics import fmean
+from string import ascii_lowercase
 from typing import Any, NamedTuple, TypeVar
 
 from huggingface_hub import EvalResult, ModelCardData
@@ -75,6 +76,7 @@ def render(entry: Entry, *, details: bool = True) -> str:
         requirements=_requirements(entry),
         limitations=limitations(entry),
         trainings=trainings(entry),
+        averaged=any(map(branches_of, recipe_steps(entry.recipe))),
         few=_few,
         sparkline=sparkline,
         python=json.dumps,
@@ -247,7 +249,7 @@ def kinds_of_layers(layers: Sequence[Layer]) -> list[Kind]:
 class Training(NamedTuple):
     """The curve of one training, whose steps, tokens and seconds count from its own beginning."""
 
-    step: int | None  # of the recipe, from 1; None: the base model was trained so before
+    step: str | None  # its number in the recipe; None: the base model was trained so before
     curve: list[TrainingPoint]
     run: TrainingRun | None
 
@@ -265,9 +267,7 @@ def trainings(entry: Entry) -> list[Training]:
     other, and counts anew at the beginning of each. The last are those of the recipe's `recover` steps.
     """
     found = curves(entry.training)
-    recovers = [
-        number for number, step in enumerate(recipe_steps(entry.recipe), 1) if step.get("kind") == "recover"
-    ]
+    recovers = [number for number, step in numbered_steps(entry.recipe) if step.get("kind") == "recover"]
     numbers = _last([*[None] * len(found), *recovers], len(found))
     runs = _last([*[None] * len(found), *entry.training_runs], len(found))  # older trainings have none
     return [Training(*one) for one in zip(numbers, found, runs, strict=True)]
@@ -287,9 +287,30 @@ def recipe_steps(recipe: str) -> list[dict[str, Any]]:
     return [step for step in found if isinstance(step, dict)] if isinstance(found, list) else []
 
 
+def numbered_steps(recipe: str) -> list[tuple[str, dict[str, Any]]]:
+    """All steps of a resolved recipe by number, those of an average's branches (2a1, 2b1) before it."""
+    found: list[tuple[str, dict[str, Any]]] = []
+    for number, step in enumerate(recipe_steps(recipe), 1):
+        for letter, branch in zip(ascii_lowercase, branches_of(step), strict=False):
+            found += [(f"{number}{letter}{place}", one) for place, one in enumerate(branch, 1)]
+        found.append((str(number), step))
+    return found
+
+
+def branches_of(step: dict[str, Any]) -> list[list[dict[str, Any]]]:
+    """The steps of each branch of an average; of other steps, and of what is none, nothing."""
+    branches = step.get("branches")
+    if not isinstance(branches, list):
+        return []
+    return [
+        [one for one in branch if isinstance(one, dict)] for branch in branches if isinstance(branch, list)
+    ]
+
+
 def _pruned(entry: Entry) -> bool:
     """Whether weights were removed: rounding to few bits makes some zero, too."""
-    of_recipe = any(step.get("kind") == "prune" or step.get("prune") for step in recipe_steps(entry.recipe))
+    steps = [step for _, step in numbered_steps(entry.recipe)]
+    of_recipe = any(step.get("kind") == "prune" or step.get("prune") for step in steps)
     return entry.sparsity > 0 and (of_recipe or any(layer.pattern for layer in entry.layers))
 
 

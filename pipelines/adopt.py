@@ -14,7 +14,7 @@ import torch
 from pipelines import keys, sources
 from pipelines.checkpoint import Checkpoint
 from pipelines.grids import Grid
-from pipelines.recipe import Prune, Recipe, Recover, Rounding, SparsityPattern, override_of
+from pipelines.recipe import Average, Prune, Recipe, Recover, Rounding, SparsityPattern, override_of
 from pipelines.recover.student import grids_of, linear_names
 from pipelines.recover.write import history
 from zoo.entry import Layer
@@ -36,7 +36,7 @@ def adopt(recipe: Recipe, folder: Path, store: Store) -> str:
     base = sources.resolve(recipe.base, store)
     _check(recipe, step, Checkpoint(model), Checkpoint(base.folder))
     windows = keys.calibration(recipe, base.sha256)
-    key = keys.steps(recipe, base.sha256, windows, lambda s: sources.resolve(s, store).sha256)[-1]
+    key = keys.steps(recipe, base.sha256, windows, lambda s: sources.resolve(s, store).sha256)[-1].key
     with store.locked(key):
         if store.get(key) is None:
             with store.writing(key) as out:
@@ -83,6 +83,8 @@ def patterns_of(recipe: Recipe, model: Checkpoint) -> dict[str, SparsityPattern]
     found: dict[str, SparsityPattern] = {}
     records = {record.name: record for record in model.compression()}
     for step in recipe.steps:
+        if isinstance(step, Average) and step.prunes:
+            found.clear()
         prune = step if isinstance(step, Prune) else step.prune if isinstance(step, Recover) else None
         if prune is None:
             continue

@@ -8,13 +8,27 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
 from pipelines import text
-from pipelines.recipe import Evaluation, Packed, Passage, Prune, Quantize, Recipe, Recover
+from pipelines.recipe import (
+    Average,
+    Evaluation,
+    Packed,
+    Passage,
+    Prune,
+    Quantize,
+    Recipe,
+    Recover,
+    Step,
+    follow,
+    numbered,
+)
 from zoo import __version__
 from zoo.files import sha256_file, sha256_json, sha256_tree
 
@@ -33,6 +47,7 @@ RECOVER_CODE = (
     "recover/student", "recover/write", "recover/data", "recover/tokens", "recover/skill",
     "recover/written", "recover/resample", "continuation", *SOLVER_CODE,
 )  # fmt: skip
+AVERAGE_CODE = ("average", "recover/write", "checkpoint", "families", *BASE_CODE)
 ANSWERS_CODE = ("shards", "lm", "zoo_gguf", "zoo_sparse", "evaluate", *BASE_CODE)
 EVALUATION_CODE = ("harness", "text", *ANSWERS_CODE)
 TASKS = Path(__file__).parent / "tasks"
@@ -83,7 +98,7 @@ def training_revisions(step: Recover) -> list[str]:
 
 
 def calibrates(recipe: Recipe) -> bool:
-    return any(step.calibrated for step in recipe.steps)
+    return any(step.calibrated for _, step in numbered(recipe.steps))
 
 
 def calibration(recipe: Recipe, base_sha256: str) -> str:
@@ -111,6 +126,11 @@ def recovery(step: Recover, before: str, models: Sequence[str]) -> str:
     return stage_key(
         "recover", step.model_dump(), before, models, training_revisions(step), code=RECOVER_CODE
     )
+
+
+def average(step: Average, models: Sequence[str]) -> str:
+    """Of a mean of models of these keys, the first of which is the one that the others branched off."""
+    return stage_key("average", step.weights, models, code=AVERAGE_CODE)
 
 
 def perplexity(passage: Passage, subject: Subject, model: str) -> str:
@@ -174,26 +194,50 @@ def export(recipe: Recipe, model: str) -> str:
     return stage_key("export", settings, model, recipe.name, code=EXPORT_CODE)
 
 
-def step_name(number: int, step: Prune | Quantize | Recover) -> str:
-    return f"{number}. recover" if isinstance(step, Recover) else f"{number}. {step.kind} ({step.method})"
+def step_name(number: str, step: Step) -> str:
+    return (
+        f"{number}. {step.kind} ({step.method})"
+        if isinstance(step, Prune | Quantize)
+        else f"{number}. {step.kind}"
+    )
+
+
+@dataclass(frozen=True)
+class Made:
+    """A step and what names the model that it makes."""
+
+    name: str  # of the stage
+    step: Step
+    key: str
+    of: tuple[str, ...]  # keys of the models it takes
+
+
+class _Unknown(Exception):
+    pass
 
 
 def steps(
     recipe: Recipe, base_sha256: str, windows: str, sha256_of: Callable[[str], str | None]
-) -> list[str]:
-    """The key of each step's output, up to a step of which `sha256_of` does not know a model."""
-    found: list[str] = []
-    model = base_sha256
-    for step in recipe.steps:
+) -> list[Made]:
+    """Every step, those of branches too, up to one of which `sha256_of` does not know a model."""
+    found: list[Made] = []
+
+    def make(number: str, step: Step, taken: list[str]) -> str:
         if isinstance(step, Recover):
             models = [base_sha256 if name is None else sha256_of(name) for name in step.models]
             known = [sha256 for sha256 in models if sha256 is not None]
             if len(known) < len(models):
-                return found
-            model = recovery(step, model, known)
+                raise _Unknown
+            key = recovery(step, taken[0], known)
+        elif isinstance(step, Average):
+            key = average(step, taken)
         else:
-            model = compression(step, model, windows)
-        found.append(model)
+            key = compression(step, taken[0], windows)
+        found.append(Made(step_name(number, step), step, key, tuple(taken)))
+        return key
+
+    with suppress(_Unknown):
+        follow(recipe.steps, base_sha256, make)
     return found
 
 
@@ -210,11 +254,10 @@ def expected(
     if windows:
         found.append(("calibrate", windows))
     outputs = steps(recipe, base_sha256, windows, sha256_of)
-    for number, (step, key) in enumerate(zip(recipe.steps, outputs, strict=False), 1):
-        found.append((step_name(number, step), key))
-    if len(outputs) < len(recipe.steps):
+    found += [(made.name, made.key) for made in outputs]
+    if len(outputs) < len(numbered(recipe.steps)):
         return found
-    model = outputs[-1] if outputs else base_sha256
+    model = outputs[-1].key if outputs else base_sha256
     setting = recipe.evaluation
     if packs(recipe):
         found.append(("pack", pack(model)))

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
+from string import ascii_lowercase
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
@@ -413,7 +414,72 @@ class Recover(Part):
         return False
 
 
-Step = Annotated[Prune | Quantize | Recover, Field(discriminator="kind")]
+Simple = Prune | Quantize | Recover  # step: it makes one model of one
+
+
+class Average(Part):
+    """The mean of several models, each made of the model so far by steps of its own: a model soup
+    (arXiv:2203.05482). What trained apart, of the same beginning, is together better than its best.
+
+    What earlier steps made zero stays so, unless a branch prunes: then zeros are what all branches agree on,
+    and a later step prunes again. Nothing is quantized afterwards.
+    """
+
+    kind: Literal["average"]
+    branches: list[list[Annotated[Simple, Field(discriminator="kind")]]] = Field(
+        min_length=2,
+        max_length=len(ascii_lowercase),
+        description="steps, one after the other, for each of the models; []: the model so far",
+    )
+    weights: list[Annotated[float, Field(gt=0)]] | None = Field(
+        None, description="of each branch in the mean, relative to each other; null: all the same"
+    )
+
+    @model_validator(mode="after")
+    def _a_weight_for_each(self) -> Average:
+        if self.weights is not None and len(self.weights) != len(self.branches):
+            raise ValueError(f"{len(self.branches)} branches need as many `weights`")
+        return self
+
+    @property
+    def calibrated(self) -> bool:
+        return False
+
+    @property
+    def prunes(self) -> bool:
+        """Whether branches may come to have zeros in other places."""
+        steps = [step for branch in self.branches for step in branch]
+        return any(isinstance(step, Prune) or (isinstance(step, Recover) and step.prune) for step in steps)
+
+
+Step = Simple | Average
+
+Model = TypeVar("Model")
+
+
+def follow(steps: Sequence[Step], model: Model, make: Callable[[str, Step, list[Model]], Model]) -> Model:
+    """What the steps make of `model`. `make` does one: it is given the step's number, the step and what it
+    takes, the model so far and, for an average, what its branches made of that.
+
+    Steps count from 1; those of the branches of step 2 are done before it, and called 2a1, 2a2, 2b1.
+    """
+    for number, step in enumerate(steps, 1):
+        taken = [model]
+        if isinstance(step, Average):
+            for letter, branch in zip(ascii_lowercase, step.branches, strict=False):
+                end = model
+                for place, one in enumerate(branch, 1):
+                    end = make(f"{number}{letter}{place}", one, [end])
+                taken.append(end)
+        model = make(str(number), step, taken)
+    return model
+
+
+def numbered(steps: Sequence[Step]) -> list[tuple[str, Step]]:
+    """All steps in the order in which they are done, those of branches too."""
+    found: list[tuple[str, Step]] = []
+    follow(steps, None, lambda number, step, _: found.append((number, step)))
+    return found
 
 
 class Passage(Part):
@@ -488,13 +554,15 @@ class Publish(Part):
     private: bool = False
 
 
-def _grid(step: Prune | Quantize | Recover) -> Rounding | None:
+def _grid(step: Step) -> Rounding | None:
+    if isinstance(step, Average):
+        return None
     if isinstance(step, Quantize):
         return step.grid
     return step.quantize.grid if isinstance(step.quantize, QuantizeInTraining) else step.quantize
 
 
-def _packs(step: Prune | Quantize | Recover) -> bool:
+def _packs(step: Step) -> bool:
     """Whether compressed-tensors can hold the grids of this step."""
     rounding = step if isinstance(step, Quantize) else step.quantize if isinstance(step, Recover) else None
     grids = [_grid(step), *(override.grid for override in rounding.overrides)] if rounding else [_grid(step)]
@@ -506,7 +574,9 @@ class Recipe(Part):
     name: EntryId = Field(description="id of the entry: a valid Hub repository name in lower case")
     base: str = Field(description="hub:org/name@revision, pypi:package, a model folder, or a .gguf file")
     calibration: Calibration = Calibration()
-    steps: list[Step] = Field(description="none: the base itself, converted and measured")
+    steps: list[Annotated[Step, Field(discriminator="kind")]] = Field(
+        description="none: the base itself, converted and measured"
+    )
     evaluation: Evaluation = Evaluation()
     exports: list[Export] = [Safetensors(kind="safetensors"), Gguf(kind="gguf", types=["F16", "Q8_0"])]
     verification: VerifyWith = VerifyWith()
@@ -515,7 +585,9 @@ class Recipe(Part):
     @model_validator(mode="after")
     def _something_to_pack(self) -> Recipe:
         packs = any(isinstance(export, CompressedTensors) for export in self.exports)
-        quantizes = any(_grid(step) is not None for step in self.steps)
+        quantizes = False
+        for step in self.steps:  # a mean is on no grid
+            quantizes = not isinstance(step, Average) and (quantizes or _grid(step) is not None)
         if packs and not quantizes:
             raise ValueError("the export compressed-tensors needs a step that quantizes")
         if packs and not all(map(_packs, self.steps)):

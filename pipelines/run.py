@@ -24,6 +24,7 @@ import torch
 
 import cards
 from pipelines import (
+    average,
     calibrate,
     checkpoint,
     compress,
@@ -40,18 +41,20 @@ from pipelines import (
 )
 from pipelines.families import Family
 from pipelines.recipe import (
+    Average,
     CompressedTensors,
     Evaluation,
     Gguf,
     Packed,
     Passage,
-    Prune,
     Quantize,
     Recipe,
     Recover,
     Rounding,
     Safetensors,
     SparsityPattern,
+    Step,
+    numbered,
     override_of,
 )
 from pipelines.recover.resample import alternatives
@@ -219,7 +222,7 @@ def _check_groups(recipe: Recipe, base: sources.Base) -> None:
     """Raise PatternError for a group that does not divide its layer: the solver would, after hours."""
     tensors = [tensor for shard in weight_files(base.folder) for tensor in check_safetensors(shard)]
     widths = {tensor.name.removesuffix(".weight"): tensor.shape[-1] for tensor in tensors if tensor.shape}
-    for number, step in enumerate(recipe.steps, 1):
+    for number, step in numbered(recipe.steps):
         for layer, width in sorted(widths.items()):
             for what, cut in _cuts(step, layer, base.family):
                 if cut is None or cut.group is None:
@@ -231,10 +234,10 @@ def _check_groups(recipe: Recipe, base: sources.Base) -> None:
                     raise
 
 
-def _cuts(
-    step: Prune | Quantize | Recover, layer: str, family: Family
-) -> Iterator[tuple[str, SparsityPattern | Rounding | None]]:
+def _cuts(step: Step, layer: str, family: Family) -> Iterator[tuple[str, SparsityPattern | Rounding | None]]:
     """What cuts the columns of a layer into groups."""
+    if isinstance(step, Average):
+        return
     if isinstance(step, Recover):
         yield from _cuts_in_training(step, layer, family)
     elif isinstance(step, Quantize):
@@ -279,7 +282,7 @@ def _check_texts(recipe: Recipe, base: sources.Base) -> None:
                 saw=f"a context of {context} tokens",
                 try_="a smaller `length` in the recipe's `evaluation`",
             )
-    for step in recipe.steps:
+    for _, step in numbered(recipe.steps):
         if isinstance(step, Recover):
             keys.training_revisions(step)
 
@@ -288,36 +291,51 @@ def _compressed(recipe: Recipe, base: sources.Base, run_: Run) -> tuple[Path, st
     """The compressed model folder and its key. What comes before a step that is in the store is not made."""
     windows = None
     windows_key = keys.calibration(recipe, base.sha256)
-    named = {name for step in recipe.steps if isinstance(step, Recover) for name in step.models}
+    named = {name for _, step in numbered(recipe.steps) if isinstance(step, Recover) for name in step.models}
     models = {name: base if name is None else sources.resolve(name, run_.store) for name in named}
-    outputs = keys.steps(recipe, base.sha256, windows_key, lambda source: models[source].sha256)
-    there = [number for number, key in enumerate(outputs, 1) if run_.store.get(key) is not None]
-    last = max(there, default=0)
-    needed = [number for number in range(1, len(outputs) + 1) if number >= last or number in there]
-    if any(recipe.steps[number - 1].calibrated for number in needed):
+    made = keys.steps(recipe, base.sha256, windows_key, lambda source: models[source].sha256)
+    needed = _needed(made, run_.store)
+    if any(one.step.calibrated for one in made if one.key in needed):
         folder = run_.stage(
             "calibrate",
             windows_key,
             lambda out: calibrate.calibrate(recipe.calibration, base.folder, out),
         )
         windows = calibrate.load_windows(folder)
-    model = base.folder
-    for number, (step, key) in enumerate(zip(recipe.steps, outputs, strict=True), 1):
-        name = keys.step_name(number, step)
-        if number not in needed:
+
+    def folder_of(model: str) -> Path:
+        return base.folder if model == base.sha256 else run_.store.path(model)
+
+    for one in made:
+        step, taken = one.step, [folder_of(model) for model in one.of]
+        if one.key not in needed:
             pass
         elif isinstance(step, Recover):
-            model = _recovered(step, name, key, model, models, run_)
+            _recovered(step, one.name, one.key, taken[0], models, run_)
+        elif isinstance(step, Average):
+            run_.stage(one.name, one.key, partial(average.run_step, step, taken))
         else:
-            model = run_.stage(name, key, partial(compress.run_step, step, model, windows=windows))
-        run_.reached(name)
-    return model, outputs[-1] if outputs else base.sha256
+            run_.stage(one.name, one.key, partial(compress.run_step, step, taken[0], windows=windows))
+        run_.reached(one.name)
+    key = made[-1].key if made else base.sha256
+    return folder_of(key), key
+
+
+def _needed(made: Sequence[keys.Made], store: Store) -> set[str]:
+    """The keys of what is in the store, and of what has to be made for the last."""
+    found = {one.key for one in made if store.get(one.key) is not None}
+    wanted = {made[-1].key} if made else set()
+    for one in reversed(made):
+        if one.key in wanted and one.key not in found:
+            found.add(one.key)
+            wanted |= set(one.of)
+    return found
 
 
 def _recovered(
     step: Recover, name: str, key: str, folder: Path, models: Mapping[str | None, sources.Base], run_: Run
-) -> Path:
-    """The trained model folder. A training that was interrupted goes on from its last state."""
+) -> None:
+    """Train the model in `folder`. A training that was interrupted goes on from its last state."""
     state = run_.store.root / "training" / key
 
     def work(out: Path) -> None:
@@ -328,9 +346,8 @@ def _recovered(
         recover(Job(step=step, identity=key, student=folder, teacher=teacher.folder, tokens=tokens,
                     alternatives=others, out=out, state=state))  # fmt: skip
 
-    trained = run_.stage(name, key, work)
+    run_.stage(name, key, work)
     shutil.rmtree(state, ignore_errors=True)
-    return trained
 
 
 def _packed(recipe: Recipe, model: tuple[Path, str], run_: Run) -> tuple[Path, str] | None:

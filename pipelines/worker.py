@@ -85,12 +85,12 @@ def make(task: Task) -> Ended:
 def parts(task: Task) -> list[Task]:
     """The task as a chain of tasks that a cluster may place apart: one where all of it needs the same."""
     from pipelines.keys import step_name
-    from pipelines.recipe import Recover, load
+    from pipelines.recipe import Recover, load, numbered
 
     recipe = load(Path(task.recipe), task.overrides)
     kinds: list[tuple[str | None, StageKind]] = [
         (step_name(number, step), "recover" if isinstance(step, Recover) else "compress")
-        for number, step in enumerate(recipe.steps, 1)
+        for number, step in numbered(recipe.steps)
     ]
     kinds.append(("evaluate", "evaluate"))
     if recipe.evaluation.gguf:  # whose files have to be there

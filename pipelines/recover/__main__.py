@@ -13,10 +13,11 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from pipelines.recipe import Recipe, Recover, TrainingText, load
+from pipelines.recipe import Average, Recipe, Recover, TrainingText, load, numbered
 from pipelines.recover.steps import Models, fingerprint, run_steps
 from zoo.errors import UsageError, ZooError
 from zoo.files import Store
@@ -105,7 +106,7 @@ def _run(options: argparse.Namespace) -> bool:
 
 def _models(recipe: Recipe, options: argparse.Namespace) -> Models:
     """The folders of all models that the recipe names, and what names their content; None: of its base."""
-    trainings = [step for step in recipe.steps if isinstance(step, Recover)]
+    trainings = [step for _, step in numbered(recipe.steps) if isinstance(step, Recover)]
     given: dict[str | None, Path] = {None: options.teacher or options.model}
     if options.teacher is not None:
         given |= {step.teacher: options.teacher for step in trainings}
@@ -123,15 +124,18 @@ def _models(recipe: Recipe, options: argparse.Namespace) -> Models:
 
 def _with_texts(recipe: Recipe, data: Sequence[str], written: Sequence[str]) -> Recipe:
     """The recipe with texts at hand in place of its `data` or `written`, where some are given."""
+    ours = [TrainingText(source=source) for source in data]
+    theirs = [TrainingText(source=source) for source in written]
 
-    def changed(step: Recover) -> Recover:
-        here = [TrainingText(source=source) for source in data] or step.data
-        there = [TrainingText(source=source) for source in written]
-        change = {"data": [*here, *there], "written": [] if there else step.written}
+    def here(step: Any) -> Any:
+        change: dict[str, Any] = {}
+        if isinstance(step, Average):
+            change = {"branches": [[here(one) for one in branch] for branch in step.branches]}
+        elif isinstance(step, Recover):
+            change = {"data": [*(ours or step.data), *theirs], "written": [] if theirs else step.written}
         return step.model_copy(update=change)
 
-    steps = [changed(step) if isinstance(step, Recover) else step for step in recipe.steps]
-    return recipe.model_copy(update={"steps": steps})
+    return recipe.model_copy(update={"steps": [here(step) for step in recipe.steps]})
 
 
 def _evaluate(folder: Path | None, words: Path) -> None:

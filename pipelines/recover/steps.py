@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines.recipe import Calibration, Recipe, Recover, Step
+from pipelines import average
+from pipelines.recipe import Average, Calibration, Recipe, Recover, Step, follow, numbered
 from pipelines.recover.tokens import training_tokens
 from zoo.errors import UsageError
 from zoo.files import Store, sha256_file, sha256_json, write_json
@@ -37,36 +38,54 @@ def run_steps(
     seconds: until a training saves and ends, or waiting for another run that does the same step. False if
     they were over before. Raises UsageError for a folder that holds something else, or is not to be resumed.
     """
-    folder, key = model, fingerprint(model)
-    named = {name for step in recipe.steps if isinstance(step, Recover) for name in step.models}
-    settings = [recipe.calibration.model_dump(mode="json")]
-    settings += [step.model_dump(mode="json", exclude=HOW) for step in recipe.steps]
+    named = {name for _, step in numbered(recipe.steps) if isinstance(step, Recover) for name in step.models}
+    settings = [recipe.calibration.model_dump(mode="json"), *(_said(step, HOW) for step in recipe.steps)]
     names = sorted((name or "", models[name][1]) for name in named)
-    claim = _Claim(out, sha256_json([settings, key, names]), resume)
+    begin = fingerprint(model), model
+    claim = _Claim(out, sha256_json([settings, begin[0], names]), resume)
     run = _Run(models, out, store, None if seconds is None else time.monotonic() + seconds)
     windows = None
-    if any(step.calibrated for step in recipe.steps):
-        windows = _calibrated(recipe.calibration, model, key, store)
-    for number, step in enumerate(recipe.steps):
+    if any(step.calibrated for _, step in numbered(recipe.steps)):
+        windows = _calibrated(recipe.calibration, model, begin[0], store)
+
+    def make(number: str, step: Step, taken: list[tuple[str, Path]]) -> tuple[str, Path]:
+        before, folder = taken[0]
         tokens: list[Path] = []
-        parts: list[Any] = [step.model_dump(mode="json", exclude=HOW | WHAT), key]
+        parts: list[Any] = [_said(step, HOW | WHAT), before]
         if isinstance(step, Recover):
             tokens = training_tokens(step, folder, models, store)
             parts += [models[step.teacher][1], [sha256_file(path) for path in tokens]]
+        elif isinstance(step, Average):
+            parts = [step.kind, step.weights, [key for key, _ in taken]]
         elif windows is not None and step.calibrated:
             parts += [sha256_file(windows)]
         key = sha256_json(parts)
         claim.begin(number, key)
-        if not run.free(key):
-            return False
+        run.wait_for(key)
         with store.locked(key):
-            if store.get(key) is None and not run.make(step, key, folder, tokens, windows):
-                return False
+            if store.get(key) is None:
+                run.make(step, key, [folder for _, folder in taken], tokens, windows)
             shutil.rmtree(run.state(key), ignore_errors=True)
-        folder = store.path(key)
+        return key, store.path(key)
+
+    try:
+        _, folder = follow(recipe.steps, begin, make)
+    except _TimeOver:
+        return False
     if recipe.steps:
         _publish(folder, out)
     return True
+
+
+class _TimeOver(Exception):
+    """The time of the call; what a training has so far is saved."""
+
+
+def _said(step: Step, without: set[str]) -> dict[str, Any]:
+    """What a recipe says of a step, and of those of its branches, but for the keys `without`."""
+    everywhere: Any = dict.fromkeys(without, True)
+    everywhere["branches"] = {"__all__": {"__all__": without}}
+    return step.model_dump(mode="json", exclude=everywhere)
 
 
 def fingerprint(folder: Path) -> str:
@@ -92,38 +111,45 @@ class _Run:
         """Of a training that is not finished."""
         return self.store.root / "training" / key
 
-    def free(self, key: str) -> bool:
-        """Wait until no other run does this step. False if the time is over before."""
+    def wait_for(self, key: str) -> None:
+        """Wait until no other run does this step. Raises _TimeOver if the time is over before."""
         if self.store.is_locked(key):
             say("  another run does this step: waiting for it")
         while self.store.is_locked(key):
             if self.left() == 0:
-                return False
+                raise _TimeOver
             time.sleep(POLL_S)
-        return True
 
-    def make(self, step: Step, key: str, folder: Path, tokens: list[Path], windows: Path | None) -> bool:
-        """Do a step on the model in `folder` and put what it made into the store; if the time is over before,
-        into the model folder."""
+    def make(
+        self,
+        step: Step,
+        key: str,
+        taken: Sequence[Path],
+        tokens: list[Path],
+        windows: Path | None,
+    ) -> None:
+        """Do a step on the models in the folders `taken` and put what it made into the store. If the time is
+        over before, what it has so far goes into the model folder, and _TimeOver is raised."""
         fresh = self.out / ".made"
         shutil.rmtree(fresh, ignore_errors=True)
         fresh.mkdir()
         try:
             if isinstance(step, Recover):
-                if not self._recovered(step, key, folder, tokens, fresh):
+                if not self._recovered(step, key, taken[0], tokens, fresh):
                     _publish(fresh, self.out)
-                    return False
+                    raise _TimeOver
+            elif isinstance(step, Average):
+                average.run_step(step, taken, fresh)
             else:
                 from pipelines.calibrate import load_windows
                 from pipelines.compress import run_step
 
-                run_step(step, folder, fresh, None if windows is None else load_windows(windows.parent))
+                run_step(step, taken[0], fresh, None if windows is None else load_windows(windows.parent))
             with self.store.writing(key) as kept:
                 for path in fresh.iterdir():
                     shutil.move(path, kept / path.name)
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
-        return True
 
     def _recovered(self, step: Recover, key: str, folder: Path, tokens: list[Path], out: Path) -> bool:
         from pipelines.recover.resample import alternatives
@@ -156,6 +182,7 @@ class _Claim:
         self.path = out / RUN
         self.identity = identity
         self.keys: list[str] = []
+        self.begun = 0  # steps
         if not self.path.is_file():
             out.mkdir(parents=True, exist_ok=True)
             self._write()
@@ -169,15 +196,16 @@ class _Claim:
             raise UsageError(f"{out} holds this run already", try_="--resume, or another --out")
         self.keys = found.get("steps", [])
 
-    def begin(self, number: int, key: str) -> None:
-        """Step `number`, counted from 0, is next."""
-        if self.keys[number : number + 1] not in ([], [key]):
+    def begin(self, number: str, key: str) -> None:
+        """Step `number` is next."""
+        if self.keys[self.begun : self.begun + 1] not in ([], [key]):
             raise UsageError(
                 f"{self.path.parent} was begun with another text or calibration",
-                saw=f"step {number + 1} would not go on from what it holds",
+                saw=f"step {number} would not go on from what it holds",
                 try_="the same text again, or another --out",
             )
-        self.keys[number:] = [key]
+        self.keys[self.begun :] = [key]
+        self.begun += 1
         self._write()
 
     def _write(self) -> None:
