@@ -67,6 +67,13 @@ def export_gguf(
     return paths
 
 
+def check(folder: Path) -> None:
+    """Raise what `export_gguf` would of the architecture and tokenizer in `folder`, whatever its weights."""
+    model = _open(folder)
+    _described(model, None, "F16", folder.name, None)
+    _rope_factors(model)
+
+
 @contextmanager
 def _scratch(path: Path) -> Iterator[Path]:
     try:
@@ -145,17 +152,7 @@ def _convert(values: NDArray[np.float32], kind: str, name: str) -> NDArray[Any]:
 
 def _write(model: _Model, path: Path, kind: str, name: str, license: str | None) -> None:
     """Write one GGUF with matrices of float type `kind` and vectors of F32, one tensor in memory."""
-    writer = gguf.GGUFWriter(path, model.family.gguf_architecture)
-    writer.add_type("model")
-    writer.add_name(name)
-    if license:
-        writer.add_license(license)
-    writer.add_file_type(TYPES[kind])
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    (_llama if model.family.gguf_architecture == "llama" else _mpt)(model, writer)
-    rows = model.tensors[f"{model.family.embeddings}.weight"][1].shape[0]
-    gguf_tokenizer.write_tokenizer(model.folder, rows, writer)
-
+    writer = _described(model, path, kind, name, license)
     targets = {target: source for source in model.tensors if (target := model.family.gguf_name(source))}
     shapes = {target: model.tensors[source][1].shape for target, source in targets.items()}
     if (factors := _rope_factors(model)) is not None:
@@ -176,6 +173,23 @@ def _write(model: _Model, path: Path, kind: str, name: str, license: str | None)
             writer.write_tensor_data(_convert(values, own[target], target))
     finally:
         writer.close()
+
+
+def _described(
+    model: _Model, path: Path | None, kind: str, name: str, license: str | None
+) -> gguf.GGUFWriter:
+    """With all that a GGUF says of a model and its tokenizer; the file is not begun yet."""
+    writer = gguf.GGUFWriter(path, model.family.gguf_architecture)
+    writer.add_type("model")
+    writer.add_name(name)
+    if license:
+        writer.add_license(license)
+    writer.add_file_type(TYPES[kind])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    (_llama if model.family.gguf_architecture == "llama" else _mpt)(model, writer)
+    rows = model.tensors[f"{model.family.embeddings}.weight"][1].shape[0]
+    gguf_tokenizer.write_tokenizer(model.folder, rows, writer)
+    return writer
 
 
 def _position(name: str) -> tuple[int, str]:

@@ -195,6 +195,8 @@ def _run(recipe: Recipe, recipe_yaml: str, recipe_sha256: str, run_: Run) -> Ent
     say(f"base model {recipe.base}: {base.family.name}, revision {base.revision}")
     _check_groups(recipe, base)
     _check_texts(recipe, base)
+    if any(isinstance(export, Gguf) for export in recipe.exports):
+        export_gguf.check(base.folder)  # else it is told after hours
     model = _compressed(recipe, base, run_)
     file = _packed(recipe, model, run_)
     measurements = _measured(recipe.evaluation, base, model, file, run_)

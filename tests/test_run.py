@@ -368,6 +368,13 @@ def test_what_would_fail_after_hours_is_refused_at_once(tmp_path: Path) -> None:
     base = tiny_mpt(tmp_path / "mpt")
     long = {"perplexity": [{"windows": 1, "length": 4096}], "fidelity": None, "tasks": []}
     refused(place.zoo(*place.arguments("long", base, evaluation=long)), 1, "4096 tokens", "a context of")
+    odd = tiny_mpt(tmp_path / "odd", attn_config={"alibi_bias_max": 4})
+    refused(place.zoo(*place.arguments("odd", odd)), 1, "alibi_bias_max")
+    tokenizer = base / "tokenizer.json"
+    tokenizer.write_text(
+        json.dumps(json.loads(tokenizer.read_text()) | {"pre_tokenizer": {"type": "Whitespace"}})
+    )
+    refused(place.zoo(*place.arguments("cut", base)), 1, "no name in GGUF")
     for path in base.glob("tokenizer*"):
         path.unlink()
     refused(place.zoo(*place.arguments("mute", base)), 1, "has no tokenizer")
