@@ -1,4 +1,4 @@
-"""A model that another machine trained, as this store's output of a recipe's last step.
+"""A model that another machine trained, as this store's output of a recipe's last step, or of another.
 
 `zoo run` then goes on from there: it measures, exports and verifies here. What is not known here is whether
 the training was the recipe's, so what can be seen of it is checked: shapes, zeros, grids and the loss curve.
@@ -7,6 +7,7 @@ the training was the recipe's, so what can be seen of it is checked: shapes, zer
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -14,7 +15,17 @@ import torch
 from pipelines import keys, sources
 from pipelines.checkpoint import Checkpoint
 from pipelines.grids import Grid
-from pipelines.recipe import Average, Prune, Recipe, Recover, Rounding, SparsityPattern, override_of
+from pipelines.recipe import (
+    Average,
+    Prune,
+    Recipe,
+    Recover,
+    Rounding,
+    SparsityPattern,
+    Step,
+    leading,
+    override_of,
+)
 from pipelines.recover.student import grids_of, linear_names
 from pipelines.recover.write import history
 from zoo.entry import Layer
@@ -23,20 +34,30 @@ from zoo.files import Store
 from zoo.progress import track
 
 
-def adopt(recipe: Recipe, folder: Path, store: Store) -> str:
+def adopt(recipe: Recipe, folder: Path, store: Store, number: str | None = None) -> str:
     """Put the model in `folder`, made by the recipe's steps elsewhere, into the store; returns its key.
 
-    `folder` is what `python -m pipelines.recover` left (its `model/` is taken), or the model itself. Raises
-    UsageError if the recipe does not end in training, or the model is not what its steps make.
+    `folder` is what `python -m pipelines.recover` left (its `model/` is taken), or the model itself. `number`
+    is that of the step that made it, by default the last. Raises UsageError if that is no training, or the
+    model is not what the steps up to it make.
     """
-    step = recipe.steps[-1] if recipe.steps else None
-    if not isinstance(step, Recover):
-        raise UsageError("only what a recover step made can be adopted", saw=f"{recipe.name} ends otherwise")
+    steps = leading(recipe.steps)
+    trainings = [one for one, led in steps.items() if isinstance(led[-1], Recover)]
+    number = number or str(len(recipe.steps))
+    if number not in trainings:
+        raise UsageError(
+            "only what a recover step made can be adopted",
+            saw=f"step {number} of {recipe.name}"
+            + ("" if number in steps else ", which has none of this number"),
+            try_=f"--step {' or '.join(trainings)}" if trainings else None,
+        )
+    led = steps[number]
     model = folder / "model" if (folder / "model" / "config.json").is_file() else folder
     base = sources.resolve(recipe.base, store)
-    _check(recipe, step, Checkpoint(model), Checkpoint(base.folder))
+    _check(recipe.base, led, Checkpoint(model), Checkpoint(base.folder))
     windows = keys.calibration(recipe, base.sha256)
-    key = keys.steps(recipe, base.sha256, windows, lambda s: sources.resolve(s, store).sha256)[-1].key
+    made = keys.steps(recipe, base.sha256, windows, lambda s: sources.resolve(s, store).sha256)
+    key = next(one.key for one in made if one.number == number)
     with store.locked(key):
         if store.get(key) is None:
             with store.writing(key) as out:
@@ -45,10 +66,13 @@ def adopt(recipe: Recipe, folder: Path, store: Store) -> str:
     return key
 
 
-def _check(recipe: Recipe, step: Recover, model: Checkpoint, base: Checkpoint) -> None:
+def _check(name: str, steps: Sequence[Step], model: Checkpoint, base: Checkpoint) -> None:
+    """Raise UsageError unless it can be what the steps, the last a training, make of the base `name`."""
+    step = steps[-1]
+    assert isinstance(step, Recover)
     where = model.folder
     if model.shapes() != base.shapes():
-        raise UsageError(f"{where} is no model of {recipe.base}", expected="matrices of the same shapes")
+        raise UsageError(f"{where} is no model of {name}", expected="matrices of the same shapes")
     curve = history(where).training
     budget = step.budget
     rest = curve[-1].tokens - budget.tokens if curve and budget.tokens is not None else -1
@@ -60,7 +84,7 @@ def _check(recipe: Recipe, step: Recover, model: Checkpoint, base: Checkpoint) -
             expected=", ".join(f"{name} {value:,}" for name, value in budget.model_dump().items() if value),
             try_="python -m pipelines.recover ... --resume",
         )
-    patterns = patterns_of(recipe, model)
+    patterns = patterns_of(steps, model)
     grids, scales = grids_of(step, model), model.grids()
     for name in track(sorted({*patterns, *grids}), f"checking {where.name}"):
         weight = model.tensors([f"{name}.weight"])[f"{name}.weight"].float()
@@ -77,12 +101,12 @@ def _check(recipe: Recipe, step: Recover, model: Checkpoint, base: Checkpoint) -
             )
 
 
-def patterns_of(recipe: Recipe, model: Checkpoint) -> dict[str, SparsityPattern]:
-    """What the zeros of each layer are like after the recipe's last step that prunes it: as the recipe says,
+def patterns_of(steps: Sequence[Step], model: Checkpoint) -> dict[str, SparsityPattern]:
+    """What the zeros of each layer are like after the last of the steps that prunes it: as the recipe says,
     or, where an allocation decided, as the model's own record does."""
     found: dict[str, SparsityPattern] = {}
     records = {record.name: record for record in model.compression()}
-    for step in recipe.steps:
+    for step in steps:
         if isinstance(step, Average) and step.prunes:
             found.clear()
         prune = step if isinstance(step, Prune) else step.prune if isinstance(step, Recover) else None

@@ -206,10 +206,15 @@ def step_name(number: str, step: Step) -> str:
 class Made:
     """A step and what names the model that it makes."""
 
-    name: str  # of the stage
+    number: str
     step: Step
     key: str
     of: tuple[str, ...]  # keys of the models it takes
+
+    @property
+    def name(self) -> str:
+        """Of the stage."""
+        return step_name(self.number, self.step)
 
 
 class _Unknown(Exception):
@@ -233,7 +238,7 @@ def steps(
             key = average(step, taken)
         else:
             key = compression(step, taken[0], windows)
-        found.append(Made(step_name(number, step), step, key, tuple(taken)))
+        found.append(Made(number, step, key, tuple(taken)))
         return key
 
     with suppress(_Unknown):

@@ -477,8 +477,19 @@ def follow(steps: Sequence[Step], model: Model, make: Callable[[str, Step, list[
 
 def numbered(steps: Sequence[Step]) -> list[tuple[str, Step]]:
     """All steps in the order in which they are done, those of branches too."""
-    found: list[tuple[str, Step]] = []
-    follow(steps, None, lambda number, step, _: found.append((number, step)))
+    return [(number, led[-1]) for number, led in leading(steps).items()]
+
+
+def leading(steps: Sequence[Step]) -> dict[str, list[Step]]:
+    """Of each step, by its number, those that lead to it, one after the other; it is the last of them."""
+    found: dict[str, list[Step]] = {}
+
+    def make(number: str, step: Step, taken: list[list[Step]]) -> list[Step]:
+        found[number] = [*taken[0], step]
+        return found[number]
+
+    begin: list[Step] = []
+    follow(steps, begin, make)
     return found
 
 

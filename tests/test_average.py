@@ -18,6 +18,7 @@ from pipelines.checkpoint import Checkpoint
 from pipelines.recipe import Average, load, numbered
 from pipelines.recover.__main__ import main
 from pipelines.recover.write import history
+from pipelines.run import run
 from tests.process import Zoo
 from tests.test_adopt import MEASURED
 from tests.test_recover_command import PRUNE, RECOVER, recipe
@@ -101,7 +102,7 @@ def test_branches_that_prune_leave_the_zeros_open(base: Path, tmp_path: Path) ->
     (tmp_path / "home").mkdir()
     store = Store(tmp_path / "home" / "store")
     assert store.get(adopt(load(recipe(tmp_path, base, steps=steps)), again, store)) is not None
-    assert patterns_of(load(recipe(tmp_path, base, steps=[PRUNE, free])), Checkpoint(folder)) == {}
+    assert patterns_of(load(recipe(tmp_path, base, steps=[PRUNE, free])).steps, Checkpoint(folder)) == {}
     with pytest.raises(UsageError, match="only what a recover step made"):
         adopt(load(recipe(tmp_path, base, steps=[free])), folder, store)
 
@@ -174,6 +175,29 @@ def test_impossible_branches_are_refused(tmp_path: Path, change: str, words: str
     assert [number for number, _ in numbered(load(path).steps)] == ["1", "2a1", "2b1", "2b2", "2"]
     with pytest.raises(RecipeError, match=words):
         load(path, [change])
+
+
+def test_branches_that_were_trained_elsewhere_are_taken_home(base: Path, tmp_path: Path) -> None:
+    """Each as the output of its own step: the run then only averages them."""
+    path = recipe(tmp_path, base, steps=[PRUNE, BRANCHES])
+    store, zoo = tmp_path / "store", Zoo(tmp_path)
+    for number, steps in (("2a1", [PRUNE, SHORT]), ("2b2", [PRUNE, OTHER, SHORT])):
+        folder = trained(base, tmp_path / number, *steps)
+        done = zoo("adopt", path, folder, "--step", number, "--store", store)
+        assert done.returncode == 0, done.stderr
+    done = zoo("adopt", path, folder, "--step", "2a1", "--store", store)
+    assert done.returncode == 0, "what is known of a training does not tell these two apart"
+    for number, words in (
+        ("2", "--step 2a1 or 2b1 or 2b2"),
+        ("7", "none of this number"),
+        ("1", "step 1 of"),
+    ):
+        done = zoo("adopt", path, folder, "--step", number, "--store", store)
+        assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr, done.stderr
+    made = run(load(path), Store(store), open_registry(str(tmp_path / "registry.db"), create=True))
+    names = [stage.name for stage in made.stages]
+    assert names[:5] == ["calibrate", "1. prune (wanda)", "2a1. recover", "2b2. recover", "2. average"]
+    assert [stage.status for stage in made.stages[2:4]] == ["cached", "cached"]
 
 
 @pytest.mark.real

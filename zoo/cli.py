@@ -251,13 +251,19 @@ def run(
 
 @app.command()
 def adopt(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe that ends in a recover step.")],
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe with a recover step.")],
     folder: Annotated[
         Path,
         typer.Argument(metavar="FOLDER", help="What `python -m pipelines.recover --out FOLDER` left."),
     ],
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe.")
+    ] = None,
+    step: Annotated[
+        str | None,
+        typer.Option(
+            help="Number of the recover step that made it, in a branch such as 2a1 (default: the last)."
+        ),
     ] = None,
     store: StoreOption = STORE,
     shared_store: SharedStoreOption = None,
@@ -271,7 +277,7 @@ def adopt(
     from zoo.progress import say
     from zoo.shared_store import open_store
 
-    take_over(parsed, folder, open_store(store.expanduser(), shared_store))
+    take_over(parsed, folder, open_store(store.expanduser(), shared_store), step)
     say(f"the model is in the store; now: zoo run {recipe}")
 
 
