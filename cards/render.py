@@ -11,13 +11,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from statistics import fmean
 from string import ascii_lowercase
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from zoo.compare import Pair, describe, gguf_files, gguf_tasks, own, pairs
-from zoo.entry import Artifact, Entry, Layer, Measurement, TrainingPoint, TrainingRun, curves
+from zoo.entry import Artifact, Entry, Layer, Measurement, TrainingPoint, TrainingRun, curves, ran
 from zoo.errors import FormatError
 from zoo.safe_yaml import safe_yaml
 
@@ -27,7 +27,6 @@ HUB_LICENSES = frozenset(
     cc-by-nc-sa-4.0 gpl-2.0 gpl-3.0 agpl-3.0 lgpl-3.0 mpl-2.0 unlicense openrail bigscience-openrail-m
     creativeml-openrail-m bigcode-openrail-m llama2 llama3 llama3.1 llama3.2 llama3.3 gemma""".split()  # noqa: SIM905
 )
-T = TypeVar("T")
 FEW_QUESTIONS = 1000  # below this a 95 % interval of an accuracy is wider than 6 points
 SHORT_CONTEXT = 1024
 CURVE_ROWS = 8  # of the table of a training
@@ -76,7 +75,12 @@ def render(entry: Entry, *, details: bool = True) -> str:
         requirements=_requirements(entry),
         limitations=limitations(entry),
         trainings=trainings(entry),
-        averaged=any(map(branches_of, recipe_steps(entry.recipe))),
+        averaged=any(
+            one.get("kind") == "recover"
+            for step in recipe_steps(entry.recipe)
+            for branch in branches_of(step)
+            for one in branch
+        ),
         few=_few,
         sparkline=sparkline,
         python=json.dumps,
@@ -268,13 +272,9 @@ def trainings(entry: Entry) -> list[Training]:
     """
     found = curves(entry.training)
     recovers = [number for number, step in numbered_steps(entry.recipe) if step.get("kind") == "recover"]
-    numbers = _last([*[None] * len(found), *recovers], len(found))
-    runs = _last([*[None] * len(found), *entry.training_runs], len(found))  # older trainings have none
+    numbers = [*[None] * len(found), *recovers][len(recovers) :]
+    runs = ran(entry.training, entry.training_runs)
     return [Training(*one) for one in zip(numbers, found, runs, strict=True)]
-
-
-def _last(values: Sequence[T], count: int) -> Sequence[T]:
-    return values[len(values) - count :]
 
 
 def recipe_steps(recipe: str) -> list[dict[str, Any]]:

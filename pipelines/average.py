@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 
 from pipelines.checkpoint import COMPRESSION, TRAINING, Checkpoint, CheckpointWriter, copy_side_files
-from pipelines.recipe import Average
+from pipelines.recipe import Average, Recover
 from pipelines.recover.write import History, history
-from zoo.entry import Layer
+from zoo.entry import Layer, curves, ran
 from zoo.errors import FormatError
 from zoo.files import write_json
 from zoo.progress import track
@@ -44,7 +44,7 @@ def run_step(step: Average, folders: Sequence[Path], out: Path) -> None:
     copy_side_files(branches[0].folder, out)
     layers = _records(step, before, branches, zeros)
     write_json(out / COMPRESSION, {"layers": [layer.model_dump() for layer in layers]})
-    write_json(out / TRAINING, _history(folders).model_dump())
+    write_json(out / TRAINING, _history(step, folders).model_dump())
 
 
 def _records(
@@ -58,7 +58,7 @@ def _records(
             name=name,
             rows=layer.rows,
             columns=layer.columns,
-            sparsity=zeros[name],
+            sparsity=zeros[name] if layer.pattern else 0.0,
             pattern=patterns[name].pattern if name in patterns else None,
             window=patterns[name].window if name in patterns else None,
             bits=16,
@@ -68,11 +68,14 @@ def _records(
     ]
 
 
-def _history(folders: Sequence[Path]) -> History:
-    """The trainings of the model before, then those of each branch."""
-    before, *branches = [history(folder) for folder in folders]
-    points, runs = len(before.training), len(before.runs)
-    return History(
-        training=[*before.training, *(point for branch in branches for point in branch.training[points:])],
-        runs=[*before.runs, *(run for branch in branches for run in branch.runs[runs:])],
-    )
+def _history(step: Average, folders: Sequence[Path]) -> History:
+    """The trainings of the model before, then each branch's own: its last ones, as many as its steps."""
+    found = history(folders[0])
+    for steps, folder in zip(step.branches, folders[1:], strict=True):
+        past = history(folder)
+        trained = sum(isinstance(one, Recover) for one in steps)
+        own = list(zip(curves(past.training), ran(past.training, past.runs), strict=True))
+        for curve, run in own[max(len(own) - trained, 0) :]:
+            found.training.extend(curve)
+            found.runs.extend([run] if run is not None else [])
+    return found

@@ -68,7 +68,7 @@ def export_gguf(
 
 
 def check(folder: Path) -> None:
-    """Raise what `export_gguf` would of the architecture and tokenizer in `folder`, whatever its weights."""
+    """Raise what `export_gguf` would of architecture, tensors and tokenizer, whatever the weights' values."""
     model = _open(folder)
     _described(model, None, "F16", folder.name, None)
     _rope_factors(model)

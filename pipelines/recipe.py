@@ -422,7 +422,7 @@ class Average(Part):
     (arXiv:2203.05482). What trained apart, of the same beginning, is together better than its best.
 
     What earlier steps made zero stays so, unless a branch prunes: then zeros are what all branches agree on,
-    and a later step prunes again. Nothing is quantized afterwards.
+    and a later step has to prune again. Nothing is quantized afterwards.
     """
 
     kind: Literal["average"]
@@ -431,7 +431,7 @@ class Average(Part):
         max_length=len(ascii_lowercase),
         description="steps, one after the other, for each of the models; []: the model so far",
     )
-    weights: list[Annotated[float, Field(gt=0)]] | None = Field(
+    weights: list[Annotated[float, Field(ge=1e-6, le=1e6)]] | None = Field(
         None, description="of each branch in the mean, relative to each other; null: all the same"
     )
 
@@ -448,11 +448,15 @@ class Average(Part):
     @property
     def prunes(self) -> bool:
         """Whether branches may come to have zeros in other places."""
-        steps = [step for branch in self.branches for step in branch]
-        return any(isinstance(step, Prune) or (isinstance(step, Recover) and step.prune) for step in steps)
+        return any(_prunes(step) for branch in self.branches for step in branch)
 
 
 Step = Simple | Average
+
+
+def _prunes(step: Simple) -> bool:
+    return isinstance(step, Prune) or (isinstance(step, Recover) and step.prune is not None)
+
 
 Model = TypeVar("Model")
 
@@ -594,14 +598,25 @@ class Recipe(Part):
     publish: Publish | None = Field(None, description="push the verified entry; null: `zoo push` does, later")
 
     @model_validator(mode="after")
+    def _pruned_again(self) -> Recipe:
+        open_ = False  # whether zeros are not where a pattern has them
+        for step in self.steps:
+            open_ = (open_ or step.prunes) if isinstance(step, Average) else open_ and not _prunes(step)
+        if open_:
+            raise ValueError(
+                "an average's branches prune, and may differ in their zeros: a later step has to prune again"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _something_to_pack(self) -> Recipe:
         packs = any(isinstance(export, CompressedTensors) for export in self.exports)
-        quantizes = False
-        for step in self.steps:  # a mean is on no grid
-            quantizes = not isinstance(step, Average) and (quantizes or _grid(step) is not None)
-        if packs and not quantizes:
+        since: list[Step] = []  # the last average: a mean is on no grid
+        for step in self.steps:
+            since = [] if isinstance(step, Average) else [*since, step]
+        if packs and not any(_grid(step) is not None for step in since):
             raise ValueError("the export compressed-tensors needs a step that quantizes")
-        if packs and not all(map(_packs, self.steps)):
+        if packs and not all(map(_packs, since)):
             raise ValueError("the export compressed-tensors needs `symmetric: true` or `zero_point: integer`")
         return self
 

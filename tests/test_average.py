@@ -17,12 +17,13 @@ from pipelines.adopt import adopt, patterns_of
 from pipelines.checkpoint import Checkpoint
 from pipelines.recipe import Average, load, numbered
 from pipelines.recover.__main__ import main
-from pipelines.recover.write import history
+from pipelines.recover.write import History, history
 from pipelines.run import run
 from tests.process import Zoo
 from tests.test_adopt import MEASURED
 from tests.test_recover_command import PRUNE, RECOVER, recipe
 from tests.tiny import tiny_llama
+from zoo.entry import TrainingPoint, TrainingRun, curves, ran
 from zoo.errors import FormatError, RecipeError, UsageError
 from zoo.files import Store
 from zoo.registry import open_registry
@@ -90,10 +91,14 @@ def test_branches_that_prune_leave_the_zeros_open(base: Path, tmp_path: Path) ->
     """They differ in them; a step that prunes the mean, and one that trains it, make an 8 of 16 again."""
     wanda = {**FREE, "prune": {**FREE["prune"], "method": "wanda"}}
     free = {"kind": "average", "branches": [[FREE], [wanda]]}
-    folder = trained(base, tmp_path / "free", free) / "model"
-    layers = Checkpoint(folder).compression()
+    folders = [trained(base, tmp_path / one["prune"]["method"], one) / "model" for one in (FREE, wanda)]
+    (tmp_path / "mean" / "model").mkdir(parents=True)
+    average.run_step(Average.model_validate(free), [base, *folders], tmp_path / "mean" / "model")
+    layers = Checkpoint(tmp_path / "mean" / "model").compression()
     assert {(layer.pattern, layer.window) for layer in layers} == {(None, None)}
-    assert min(grouped_zeros(weights(folder.parent)[f"{x.name}.weight"]).min() for x in layers) < 8
+    mean = weights(tmp_path / "mean")
+    assert min(grouped_zeros(mean[f"{layer.name}.weight"]).min() for layer in layers) < 8
+    assert all(x.sparsity == pytest.approx(float((mean[f"{x.name}.weight"] == 0).mean())) for x in layers)
     steps = [free, PRUNE, RECOVER]
     again = trained(base, tmp_path / "again", *steps)
     layers = Checkpoint(again / "model").compression()
@@ -101,10 +106,47 @@ def test_branches_that_prune_leave_the_zeros_open(base: Path, tmp_path: Path) ->
     assert min(grouped_zeros(weights(again)[f"{layer.name}.weight"]).min() for layer in layers) == 8
     (tmp_path / "home").mkdir()
     store = Store(tmp_path / "home" / "store")
-    assert store.get(adopt(load(recipe(tmp_path, base, steps=steps)), again, store)) is not None
-    assert patterns_of(load(recipe(tmp_path, base, steps=[PRUNE, free])).steps, Checkpoint(folder)) == {}
+    right = load(recipe(tmp_path, base, steps=steps))
+    assert store.get(adopt(right, again, store)) is not None
+    assert patterns_of([*right.steps[1:], right.steps[0]], Checkpoint(again / "model")) == {}
     with pytest.raises(UsageError, match="only what a recover step made"):
-        adopt(load(recipe(tmp_path, base, steps=[free])), folder, store)
+        adopt(right, again, store, "1")
+    for steps in ([free], [PRUNE, free, {**RECOVER, "prune": None}]):
+        with pytest.raises(RecipeError, match="has to prune again"):
+            load(recipe(tmp_path, base, steps=steps))
+
+
+def test_each_branch_adds_its_own_trainings(tmp_path: Path) -> None:
+    """Whatever of the model before it knows, and on what each ran, where that is known."""
+
+    def points(tokens: int, count: int) -> list[TrainingPoint]:
+        return [
+            TrainingPoint(
+                step=n, tokens=tokens * n // count, seconds=n, loss=1.0, learning_rate=0.1, terms={}
+            )
+            for n in range(1, count + 1)
+        ]
+
+    def ran_on(device: str, tokens: int) -> TrainingRun:
+        return TrainingRun(device=device, processes=1, versions={}, tokens=tokens, seconds=1, ended="")
+
+    train = {**SHORT, "data": [{"source": "text.txt"}]}
+    step = Average.model_validate({"kind": "average", "branches": [[train], [train, train], []]})
+    past = [
+        History(training=points(10, 5)),
+        History(training=points(20, 2), runs=[ran_on("first", 20)]),
+        History(training=[*points(10, 3), *points(30, 4), *points(40, 4)]),
+        History(training=points(10, 5)),
+    ]
+    folders = [tmp_path / str(number) for number in range(len(past))]
+    for folder, one in zip(folders, past, strict=True):
+        tiny_llama(folder, num_hidden_layers=1)
+        (folder / "training.json").write_text(one.model_dump_json())
+    (tmp_path / "out").mkdir()
+    average.run_step(step, folders, tmp_path / "out")
+    found = history(tmp_path / "out")
+    assert [(c[-1].tokens, len(c)) for c in curves(found.training)] == [(10, 5), (20, 2), (30, 4), (40, 4)]
+    assert [run and run.device for run in ran(found.training, found.runs)] == [None, "first", None, None]
 
 
 def test_models_that_are_not_alike_are_refused(base: Path, tmp_path: Path) -> None:
@@ -163,7 +205,8 @@ def test_what_decides_a_mean_is_in_its_key(base: Path, tmp_path: Path) -> None:
     ("change", "words"),
     [
         ("steps.1.weights=[1.0]", "2 branches need as many `weights`"),
-        ("steps.1.weights=[1.0, 0.0]", "greater than 0"),
+        ("steps.1.weights=[1.0, 0.0]", "greater than or equal to"),
+        ("steps.1.weights=[1.0, 1.0e+300]", "less than or equal to"),
         ("steps.1.branches=[[]]", "at least 2"),
         ("steps.1.branches.0.0.kind=average", "is 'average'; want: prune, quantize, recover"),
         ("steps.1.branches.1.0.batsh=4", "did you mean `batch`"),
@@ -178,7 +221,7 @@ def test_impossible_branches_are_refused(tmp_path: Path, change: str, words: str
 
 
 def test_branches_that_were_trained_elsewhere_are_taken_home(base: Path, tmp_path: Path) -> None:
-    """Each as the output of its own step: the run then only averages them."""
+    """Each as the output of its own step: the run only makes what they branched off, and their mean."""
     path = recipe(tmp_path, base, steps=[PRUNE, BRANCHES])
     store, zoo = tmp_path / "store", Zoo(tmp_path)
     for number, steps in (("2a1", [PRUNE, SHORT]), ("2b2", [PRUNE, OTHER, SHORT])):

@@ -225,9 +225,9 @@ def test_trainings_are_told_one_after_the_other() -> None:
     )
     runs = [
         TrainingRun(
-            device=f"GPU {n}", processes=n, versions={"torch": f"{n}.0"}, tokens=n, seconds=1, ended="x"
+            device=f"GPU {n}", processes=n, versions={"torch": f"{n}.0"}, tokens=tokens, seconds=1, ended="x"
         )
-        for n in (1, 2)
+        for n, tokens in ((1, 160_000_000), (2, 35_000_000))
     ]
     one = entry(recipe=RECOVERED, training=of_base + first + second, training_runs=runs)
     assert [(t.step, t.curve) for t in trainings(one)] == [(None, of_base), ("2", first), ("3", second)]

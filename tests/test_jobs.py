@@ -20,11 +20,11 @@ from pipelines.jobs import plan
 from pipelines.worker import Task, parts
 from tests.example import entry
 from tests.job_worker import made_entry, write_jobs
-from zoo.entry import Publication
+from zoo.entry import Publication, Stage
 from zoo.files import Store, sha256_bytes
 from zoo.jobs.joblist import Job, JobsError, Tolerance, load, parse_duration
 from zoo.jobs.metrics import metrics
-from zoo.jobs.plan import Facts, Planned, planned
+from zoo.jobs.plan import Facts, Planned, planned, stale
 from zoo.jobs.summary import JobResult, JobsSummary, deltas, figures, junit, last_line, markdown
 from zoo.registry import Registry, open_registry
 from zoo.registry.job_runs import Figure, finish, start
@@ -305,6 +305,25 @@ def test_a_changed_line_of_code(kept: Kept, tmp_path: Path) -> None:
         source.write_text(before + "# changed\n")
         assert reasons() == ([f"changed code or text: {', '.join(stages)}"] if stages else [])
         source.write_text(before)
+
+
+def test_what_came_before_an_adopted_step_need_not_have_been_done_here() -> None:
+    """Its key is made of theirs; of what comes after it, another key is a change."""
+    done = {"2. average": "m", "3. prune (wanda)": "p", "export": "e", "verify": "v"}
+    made = entry(stages=[Stage(name=name, key=key, status="done", seconds=1) for name, key in done.items()])
+    now = {"calibrate": "c", "1. recover": "r", "2a1. recover": "a", "2b1. recover": "b", **done}
+    del now["verify"]
+
+    def told(**changes: str) -> list[str]:
+        facts = Facts(now=NOW, entry=made, base_revision=made.base_revision, versions=made.versions)
+        return stale(facts.model_copy(update={"stages": list((now | changes).items())}))
+
+    assert told() == told(**{"2a1. recover": "x"}) == []
+    assert told(export="x") == ["changed code or text: export"]
+    changed = told(**{"3. prune (wanda)": "x", "export": "x"})
+    assert changed == ["changed code or text: 3. prune (wanda), export"]
+    every = told(**{"2. average": "x", "3. prune (wanda)": "x", "export": "x"})
+    assert every[0].startswith("changed code or text: calibrate, 1. recover, 2a1. recover")
 
 
 def test_every_holds_a_stale_job_back() -> None:

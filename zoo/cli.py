@@ -262,7 +262,7 @@ def adopt(
     step: Annotated[
         str | None,
         typer.Option(
-            help="Number of the recover step that made it, in a branch such as 2a1 (default: the last)."
+            help="Number of the recover step that made it, in a branch such as 2a1 (default: the last step)."
         ),
     ] = None,
     store: StoreOption = STORE,

@@ -5,7 +5,7 @@ The pipeline writes it, the registry stores it, the card and the app show it, `-
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -151,6 +151,19 @@ class TrainingRun(Record):
     tokens: int
     seconds: float
     ended: str  # ISO 8601, UTC
+
+
+def ran(training: Iterable[TrainingPoint], runs: Sequence[TrainingRun]) -> list[TrainingRun | None]:
+    """On what each of the trainings in `training` (see `curves`) ran, of `runs` in order; None: unknown.
+
+    Not every training has a run, so they are told by their tokens, from the last to the first.
+    """
+    left = list(runs)
+    found = [
+        left.pop() if left and left[-1].tokens == curve[-1].tokens else None
+        for curve in reversed(curves(training))
+    ]
+    return found[::-1]
 
 
 class Publication(Record):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from datetime import datetime, timedelta
 from typing import Literal
@@ -14,6 +15,7 @@ from zoo.jobs.joblist import Job
 State = Literal["fresh", "stale", "waiting", "broken"]
 NOT_HERE = "it was not published, and its files are not in this store"
 MACHINES_OWN = "verify"  # its key holds the machine, so another one's says nothing
+STEP = re.compile(r"\d+\. ")  # of the recipe itself, not of a branch: the key holds those of all before it
 
 
 class Facts(Record):
@@ -105,9 +107,14 @@ def _versions(recorded: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
 
 
 def _changed_stages(entry: Entry, facts: Facts) -> list[str]:
-    """Stages that have another key now, though recipe, base and libraries are the same."""
+    """Stages that have another key now, though recipe, base and libraries are the same.
+
+    What came before a step that was adopted, or in the store, was never done: that step's key says it all.
+    """
     recorded = {stage.key for stage in entry.stages if stage.name != MACHINES_OWN}
-    return list(dict.fromkeys(name for name, key in facts.stages if key not in recorded))
+    steps = [n for n, (name, key) in enumerate(facts.stages) if STEP.match(name) and key in recorded]
+    since = facts.stages[steps[-1] if steps else 0 :]
+    return list(dict.fromkeys(name for name, key in since if key not in recorded))
 
 
 def _short(revision: str) -> str:
