@@ -75,12 +75,7 @@ def render(entry: Entry, *, details: bool = True) -> str:
         requirements=_requirements(entry),
         limitations=limitations(entry),
         trainings=trainings(entry),
-        averaged=any(
-            one.get("kind") == "recover"
-            for step in recipe_steps(entry.recipe)
-            for branch in branches_of(step)
-            for one in branch
-        ),
+        averaged=any(one.step and not one.step.isdigit() for one in trainings(entry)),  # in branches
         few=_few,
         sparkline=sparkline,
         python=json.dumps,

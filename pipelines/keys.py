@@ -195,11 +195,8 @@ def export(recipe: Recipe, model: str) -> str:
 
 
 def step_name(number: str, step: Step) -> str:
-    return (
-        f"{number}. {step.kind} ({step.method})"
-        if isinstance(step, Prune | Quantize)
-        else f"{number}. {step.kind}"
-    )
+    method = f" ({step.method})" if isinstance(step, Prune | Quantize) else ""
+    return f"{number}. {step.kind}{method}"
 
 
 @dataclass(frozen=True)

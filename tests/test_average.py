@@ -21,7 +21,7 @@ from pipelines.recover.write import History, history
 from pipelines.run import run
 from tests.process import Zoo
 from tests.test_adopt import MEASURED
-from tests.test_recover_command import PRUNE, RECOVER, recipe
+from tests.test_recover_command import PRUNE, RECOVER, recipe, run_here
 from tests.tiny import tiny_llama
 from zoo.entry import TrainingPoint, TrainingRun, curves, ran
 from zoo.errors import FormatError, RecipeError, UsageError
@@ -246,21 +246,14 @@ def test_branches_that_were_trained_elsewhere_are_taken_home(base: Path, tmp_pat
 @pytest.mark.real
 def test_zoo_run_averages_and_tells_of_every_training(base: Path, tmp_path: Path) -> None:
     path = recipe(tmp_path, base, steps=[PRUNE, BRANCHES, {**RECOVER, "budget": {"tokens": 640}}], **MEASURED)
-    zoo = Zoo(tmp_path)
-    store, registry = tmp_path / "store", tmp_path / "registry.db"
-    done = zoo("run", path, "--store", store, "--registry", registry)
-    assert done.returncode == 0, done.stderr
-    entry = open_registry(str(registry), create=False).get("tiny-recovered")
-    assert entry.status == "verified", entry.failure
+    entry = run_here(tmp_path, path)
     names = ["1. prune (wanda)", "2a1. recover", "2b1. recover", "2b2. recover", "2. average", "3. recover"]
     assert [stage.name for stage in entry.stages if stage.name in names] == names
     assert [(one.step, one.tokens) for one in trainings(entry)] == [
         ("2a1", 1280), ("2b1", 1280), ("2b2", 1280), ("3", 640)
     ]  # fmt: skip
     assert [number for number, _ in numbered_steps(entry.recipe)] == ["1", "2a1", "2b1", "2b2", "2", "3"]
-    card = (store / "entries" / "tiny-recovered" / "README.md").read_text()
+    card = (tmp_path / "store" / "entries" / "tiny-recovered" / "README.md").read_text()
     assert "Step 2b1 of the recipe" in card and "what they made of it was averaged" in card
     assert lineage.steps(entry.recipe)[1] == ("averaged", "recovered, recovered and recovered")
-    done = zoo("run", path, "--store", store, "--registry", registry)
-    entry = open_registry(str(registry), create=False).get("tiny-recovered")
-    assert done.returncode == 0 and {stage.status for stage in entry.stages} == {"cached"}
+    assert {stage.status for stage in run_here(tmp_path, path).stages} == {"cached"}

@@ -31,6 +31,7 @@ from pipelines.recover.state import Progress
 from pipelines.text import PROSE
 from tests.process import PATIENCE_S, QUIET, ROOT, Zoo
 from tests.tiny import tiny_llama
+from zoo.entry import Entry
 from zoo.errors import RecipeError, SourceError
 from zoo.files import Store
 from zoo.machine import this_machine
@@ -68,6 +69,16 @@ def recipe(place: Path, base: Path | str = "given by --model", **changes: Any) -
     }
     path.write_text(json.dumps(whole))  # which is YAML, and has no aliases
     return path
+
+
+def run_here(place: Path, path: Path) -> Entry:
+    """The verified entry that `zoo run` makes, in `place`."""
+    registry = place / "registry.db"
+    done = Zoo(place)("run", path, "--store", place / "store", "--registry", registry)
+    assert done.returncode == 0, done.stderr
+    entry = open_registry(str(registry), create=False).get("tiny-recovered")
+    assert entry.status == "verified", entry.failure
+    return entry
 
 
 # --- the command ------------------------------------------------------------------------------------
@@ -430,12 +441,8 @@ def test_zoo_run_recovers_and_records_the_curve(base: Path, tmp_path: Path) -> N
         exports=[{"kind": "safetensors"}, {"kind": "packed"}],
         verification={"threads": 1},
     )  # fmt: skip
-    zoo = Zoo(tmp_path)
-    store, registry = tmp_path / "store", tmp_path / "registry.db"
-    done = zoo("run", path, "--store", store, "--registry", registry)
-    assert done.returncode == 0, done.stderr
-    entry = open_registry(str(registry), create=False).get("tiny-recovered")
-    assert entry.status == "verified", entry.failure
+    entry = run_here(tmp_path, path)
+    zoo, store, registry = Zoo(tmp_path), tmp_path / "store", tmp_path / "registry.db"
     assert [point.step for point in entry.training] == [10, 20, 30]
     assert entry.training[-1].tokens == 128 * 30
     (run,) = entry.training_runs
