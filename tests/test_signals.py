@@ -91,3 +91,32 @@ def test_only_what_was_stopped_is_said_to_be() -> None:
         [sys.executable, "-c", QUIET], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "its own\n15\n", "")
+
+
+# Ctrl-C just when a command closes its registry, which takes the longest where a disk is slow.
+CLOSING = """
+import signal
+from sqlalchemy.engine.default import DefaultDialect
+from zoo import cli
+
+close = DefaultDialect.do_close
+
+def interrupted(self, connection):
+    close(self, connection)
+    signal.raise_signal(signal.SIGINT)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+DefaultDialect.do_close = interrupted
+cli.main()
+"""
+
+
+def test_one_that_closes_its_registry_ends_without_a_traceback(tmp_path: Path) -> None:
+    url = str(tmp_path / "registry.db")
+    open_registry(url)
+    done = subprocess.run(
+        [sys.executable, "-c", CLOSING, "list", "--registry", url],
+        cwd=ROOT, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr.count("\n") == 1 and "interrupted" in done.stderr

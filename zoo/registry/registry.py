@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import os
 import socket
 import time
@@ -759,11 +760,13 @@ def _sqlite_url(path: Path) -> URL:
 def _engine(url: URL) -> Engine:
     if url.get_backend_name() != "sqlite":
         engine = create_engine(url, pool_pre_ping=True)  # a server that was restarted is asked anew
+        _keep_quiet_when_stopped(engine)
         if url.get_backend_name() == "postgresql":
             event.listen(engine, "connect", _set_planner)
         return engine
     # No pool: the last connection to close folds the log into the file, so nothing lies beside it.
     engine = create_engine(url, poolclass=NullPool, connect_args={"timeout": BUSY_TIMEOUT_S})
+    _keep_quiet_when_stopped(engine)
 
     @event.listens_for(engine, "connect")
     def _(connection: Any, _record: object) -> None:
@@ -779,6 +782,15 @@ def _engine(url: URL) -> Engine:
         connection.exec_driver_sql("BEGIN IMMEDIATE" if kind else "BEGIN")
 
     return engine
+
+
+def _keep_quiet_when_stopped(engine: Engine) -> None:
+    """SQLAlchemy logs whatever interrupts the closing of a connection, and passes on all but exceptions."""
+    logging.getLogger(f"{type(engine.pool).__module__}.{type(engine.pool).__name__}").addFilter(_not_stopped)
+
+
+def _not_stopped(record: logging.LogRecord) -> bool:
+    return not record.exc_info or isinstance(record.exc_info[1], Exception)
 
 
 def _set_planner(connection: Any, _record: object) -> None:
