@@ -14,6 +14,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import Literal
 
 from zoo import logs
@@ -57,8 +58,6 @@ def main(work: Callable[[Task], Ended] | None = None) -> None:
     answer = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever libraries print is log
     os.environ[logs.JOB] = task.job
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     threading.Thread(target=_end_with_lifeline, name="lifeline", daemon=True).start()
     ended = _ended(task, work or make)
     print(ended.model_dump_json(), file=answer, flush=True)
@@ -107,13 +106,22 @@ def parts(task: Task) -> list[Task]:
 
 def _ended(task: Task, work: Callable[[Task], Ended]) -> Ended:
     try:
-        return work(task)
+        _on_signals(signal.default_int_handler)
+        try:
+            return work(task)
+        finally:  # whoever asks now has its answer in a moment
+            _on_signals(signal.SIG_IGN)
     except KeyboardInterrupt:
         return Ended(status="interrupted", failure="stopped")
     except Exception as error:  # a job's failure, whatever it is, is its scheduler's news
         expected = isinstance(error, ZooError | OSError)
         logs.tell("failed", str(error) if expected else traceback.format_exc(), level="error")
         return Ended(status="failed", transient=transient(error), failure=_in_words(error))
+
+
+def _on_signals(handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, handler)
 
 
 def _in_words(error: Exception) -> str:

@@ -92,7 +92,7 @@ def work(task: Task) -> Ended:
     words = json.loads(plan.read_text()) if plan.exists() else []
     word = words[0] if words else "done"
     if words:
-        plan.write_text(json.dumps(words[1:]))
+        write_json(plan, words[1:])
     registry = open_registry(task.registry)
     registry.fence = Lease(task.job, task.lease_holder, task.lease_token)
     run_id = registry.start_run(task.job, "0" * 64, os.getpid(), socket.gethostname())
