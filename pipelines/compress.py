@@ -15,7 +15,7 @@ from torch import Tensor
 from pipelines.allocate import owl_sparsities
 from pipelines.checkpoint import COMPRESSION, GRID, Checkpoint, CheckpointWriter, copy_side_files
 from pipelines.grids import Grid, absmax_grid, searched_grid, zero_point_grid
-from pipelines.layers import LayerForward, LayerRun, Pause, check_shapes, layer_forward
+from pipelines.layers import LayerForward, LayerRun, Pause, check_shapes, head_inputs, layer_forward
 from pipelines.masks import (
     Grouped,
     Pattern,
@@ -113,10 +113,13 @@ def run_step(step: Prune | Quantize, folder: Path, out: Path, windows: Tensor | 
             grid = _outer_grid(step, checkpoint, name)
             if grid is not None:
                 module = name.removesuffix(".weight")
-                outer = Linear(module, tensor.float(), None)
+                is_head = module == checkpoint.family.head or checkpoint.tied
+                curvature = stream.of_head(checkpoint, step.damping) if stream and is_head else None
+                outer = Linear(module, tensor.to(device, SOLVER_DTYPE), None)
+                method = "rtn" if curvature is None else "gptq"  # a look-up has no curvature
                 with _named(outer):
-                    result = _round(outer, outer.weight, grid, "rtn", None)
-                tensor = result.weight.to(tensor.dtype)
+                    result = _round(outer, outer.weight, grid, method, curvature)
+                tensor = result.weight.to(tensor.device, tensor.dtype)
                 records[module] = result.record
                 _replace_grid(grids, module, result.grid)
             writer.add(name, tensor)
@@ -176,6 +179,19 @@ class Stream:
             runs.advance(outputs, biases)
         self.hidden, self.original = runs.results, originals.results
         return done
+
+    def of_head(self, checkpoint: Checkpoint, damping: float) -> Curvature:
+        """The curvature of the output head, once the activations have passed all layers."""
+        norm = {
+            name.rpartition(".")[2]: tensor.to(self.device, SOLVER_DTYPE)
+            for name, tensor in checkpoint.tensors(
+                name for name in checkpoint.names if name.startswith(f"{self.family.norm}.")
+            ).items()
+        }
+        gram = Gram(self.hidden[0].shape[-1], self.device)
+        for x in self.hidden:
+            gram.add(head_inputs(self.family, checkpoint.config, x, norm["weight"], norm.get("bias")))
+        return Curvature(gram.hessian(), damping)
 
     def _corrected(
         self, runs: Lockstep, originals: Lockstep, weights: list[Tensor], curvature: Curvature

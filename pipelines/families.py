@@ -22,6 +22,7 @@ class Family:
     gguf_architecture: str
     layers: str  # module prefix of decoder layer {i}
     embeddings: str
+    norm: str  # before the head
     head: str  # absent from the file when tied to the embeddings
     shared_inputs: tuple[tuple[str, ...], ...]  # linear layers, by group of one input, in order
     gguf_layer: Mapping[str, str]  # module inside a decoder layer -> module inside blk.{i}
@@ -79,6 +80,7 @@ def _llama_like(name: FamilyName, architecture: str) -> Family:
         gguf_architecture="llama",  # llama.cpp runs Mistral under the name of Llama, with full attention
         layers="model.layers.{i}.",
         embeddings="model.embed_tokens",
+        norm="model.norm",
         head="lm_head",
         shared_inputs=_LLAMA_SHARED,
         gguf_layer=_LLAMA_GGUF_LAYER,
@@ -95,6 +97,7 @@ FAMILIES: Mapping[FamilyName, Family] = {
         gguf_architecture="mpt",
         layers="transformer.blocks.{i}.",
         embeddings="transformer.wte",
+        norm="transformer.norm_f",
         head="lm_head",
         shared_inputs=(("attn.Wqkv",), ("attn.out_proj",), ("ffn.up_proj",), ("ffn.down_proj",)),
         gguf_layer={

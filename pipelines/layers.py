@@ -45,6 +45,16 @@ def layer_forward(
     return _llama(model_config, length, device)
 
 
+def head_inputs(
+    family: Family, config: Mapping[str, Any], hidden: Tensor, weight: Tensor, bias: Tensor | None
+) -> Tensor:
+    """What the output head sees: what the last decoder layer returns (..., width) after the final norm."""
+    model_config = parsed(config)
+    if family.name == "mpt":
+        return F.layer_norm(hidden, hidden.shape[-1:], weight, bias, model_config.layer_norm_epsilon)
+    return F.rms_norm(hidden, hidden.shape[-1:], weight, model_config.rms_norm_eps)
+
+
 def parsed(config: Mapping[str, Any]) -> Any:
     """transformers' configuration object. Raises FormatError for a `config.json` that it refuses."""
     try:

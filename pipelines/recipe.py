@@ -168,7 +168,9 @@ class Quantize(Part):
     activation_order: bool = Field(True, description="gptq: round the columns of largest activation first")
     correction: float = Field(0.0, ge=0, le=1, description="gptq: undo the error of earlier layers")
     damping: float = Field(0.01, gt=0, description="fraction of the mean of the Hessian's diagonal")
-    embeddings: Rounding | None = Field(None, description="grid of the token embeddings; null: unchanged")
+    embeddings: Rounding | None = Field(
+        None, description="grid of the token embeddings, by gptq if they are the head; null: unchanged"
+    )
     head: Rounding | None = Field(None, description="grid of an untied output head; null: unchanged")
     overrides: list[QuantizeOverride] = []
 

@@ -367,6 +367,29 @@ def test_embeddings_and_head_have_their_own_grid(tied: bool, tmp_path: Path) -> 
     assert torch.equal(load_all(out)["model.norm.weight"], load_all(folder)["model.norm.weight"])
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", MAKERS)
+def test_gptq_rounds_the_head_for_what_it_receives(family: str, tied: bool, tmp_path: Path) -> None:
+    folder = make(family, tmp_path / "base", dtype=torch.float32, tie_word_embeddings=tied)
+    grids = {"embeddings": {"bits": 5, "group": 32}, "head": {"bits": 5, "group": 32}}
+    embeddings, head = FAMILIES[family].embeddings, "lm_head"
+    x = inputs_of(folder)[head].double()
+    error = {}
+    for method in ("rtn", "gptq"):
+        out = apply(folder, quantize(method, **grids, overrides=[{"layers": "*"}]), out=tmp_path / method)
+        after, record = load_all(out), records(out)
+        assert record.keys() == ({embeddings} if tied else {embeddings, head})
+        name = embeddings if tied else head
+        check_on_grid(out, name, after[f"{name}.weight"], 5)
+        before, rounded = load_all(folder)[f"{name}.weight"].double(), after[f"{name}.weight"].double()
+        error[method] = float((x @ (before - rounded).t()).square().sum() / (x @ before.t()).square().sum())
+        assert record[name]["method"] == method
+        if not tied:  # nothing is added up over a look-up's columns
+            assert record[embeddings]["method"] == "rtn"
+    assert record[name]["error"] == pytest.approx(error["gptq"], rel=1e-3)
+    assert error["gptq"] < 0.6 * error["rtn"]
+
+
 @pytest.mark.parametrize("family", MAKERS)
 def test_embeddings_and_head_stay_as_they_are_unless_asked_for(family: str, tmp_path: Path) -> None:
     folder = make(family, tmp_path / "base", tie_word_embeddings=family == "mpt")
