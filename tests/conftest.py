@@ -8,9 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from tests import postgres
 from tests.postgres import database
 from tests.scheduler import Place
 from zoo.registry import Registry, open_registry
+
+
+def pytest_unconfigure() -> None:
+    postgres.stop()
 
 
 @pytest.fixture(scope="session")

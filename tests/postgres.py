@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import os
 import pwd
 import shutil
@@ -10,6 +9,7 @@ import signal
 import subprocess
 import tempfile
 import time
+from contextlib import ExitStack
 from functools import cache
 from itertools import count
 from pathlib import Path
@@ -19,6 +19,8 @@ from sqlalchemy import make_url
 
 USER = "nobody"  # that the server runs as where the tests run as root, which PostgreSQL refuses
 _numbers = count()
+_running = ExitStack()
+stop = _running.close  # for the end of the tests: a process of pytest-xdist ends without `atexit`
 
 
 def database(template: str | None = None) -> str:
@@ -70,12 +72,9 @@ def _server() -> Path | str:
             **become,
         )
 
-    def stop() -> None:
-        process.send_signal(signal.SIGINT)  # a fast shutdown
-        process.wait(30)
-        shutil.rmtree(root, ignore_errors=True)
-
-    atexit.register(stop)
+    _running.callback(shutil.rmtree, root, ignore_errors=True)
+    _running.callback(process.wait, 30)
+    _running.callback(process.send_signal, signal.SIGINT)  # a fast shutdown
     deadline = time.monotonic() + 30
     while not (root / ".s.PGSQL.5432").exists() or _starting(root):
         if process.poll() is not None or time.monotonic() > deadline:
