@@ -28,7 +28,7 @@ from rich.console import Console
 from safetensors.numpy import save_file
 
 from tests.example import ARC, MACHINE, PERPLEXITY, entry, measured
-from zoo import __version__, cli, logs, progress
+from zoo import __version__, cli, doctor, logs, progress
 from zoo.compare import compare, pairs
 from zoo.entry import Entry, Machine, Measurement
 from zoo.files import sha256_json
@@ -201,6 +201,14 @@ def test_doctor(tmp_path: Path) -> None:
     assert this_machine().cpu in told["cpu"]["found"]
     assert f"psutil {metadata.version('psutil')}" in told[f"sparse-zoo {__version__}"]["found"]
     assert "offline by HF_HUB_OFFLINE" in told["hub"]["found"]
+    assert told["llama-cpp-python"]["found"] == f"runs, {metadata.version('llama-cpp-python')}"
+
+
+def test_doctor_tells_of_a_package_for_another_processor() -> None:
+    """A llama.cpp with instructions that the processor does not know: nothing but a signal says so."""
+    works, told = doctor._probe("import os, signal; os.kill(os.getpid(), signal.SIGILL)")
+    mend = doctor._imported("llama-cpp-python", works, told).mend
+    assert "another processor" in told and mend is not None and "--no-cache-dir llama-cpp-python" in mend
 
 
 def test_doctor_counts_the_entries(url: str, tmp_path: Path) -> None:

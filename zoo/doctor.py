@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 from importlib import metadata
@@ -23,7 +24,21 @@ from zoo.runner import native
 LEAST_FREE_BYTES = 5_000_000_000  # a small model with its steps' outputs and exports
 LEAST_MEMORY_BYTES = 2_000_000_000
 _PROBE_TORCH = "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else '')"
-_PROBE_LLAMA = "import llama_cpp; print(llama_cpp.__version__)"
+_PROBE_LLAMA = """
+import tempfile
+from pathlib import Path
+import llama_cpp
+from zoo.runner import peers, shapes
+with tempfile.TemporaryDirectory() as folder:
+    path = Path(folder) / "random.gguf"
+    peers.write_gguf(path, shapes.SHAPES["tiny"], "Q4_0")
+    model = llama_cpp.Llama(str(path), n_ctx=16, n_threads=1, verbose=False)
+    model.eval([1, 2, 3])
+    model.close()
+print(llama_cpp.__version__)
+"""
+_OTHER_PROCESSOR = "ended by SIGILL: it was compiled for another processor, or by a compiler that breaks AMX"
+_WITHOUT_AMX = 'CMAKE_ARGS="-DCMAKE_C_FLAGS=-mno-amx-int8 -DCMAKE_CXX_FLAGS=-mno-amx-int8" '
 
 
 class Check(Record):
@@ -161,12 +176,16 @@ def _runners() -> list[Check]:
         checks.append(_imported("torch", works, device if works else told))
     if _version("llama-cpp-python") is not None:
         works, told = _probe(_PROBE_LLAMA)
-        checks.append(_imported("llama-cpp-python", works, f"loads, {told}" if works else told))
+        checks.append(_imported("llama-cpp-python", works, f"runs, {told}" if works else told))
     return checks
 
 
 def _imported(package: str, works: bool, found: str) -> Check:
-    mend = None if works else f"pip install --force-reinstall {package}"
+    mend = None
+    if not works:
+        mend = f"pip install --force-reinstall --no-cache-dir {package}"
+        if found == _OTHER_PROCESSOR:
+            mend = _WITHOUT_AMX + mend
     return Check(name=package, status="ok" if works else "missing", found=found, mend=mend)
 
 
@@ -178,6 +197,8 @@ def _probe(program: str) -> tuple[bool, str]:
         )
     except subprocess.TimeoutExpired:
         return False, "does not load within two minutes"
+    if done.returncode == -signal.SIGILL:
+        return False, _OTHER_PROCESSOR
     lines = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()
     return done.returncode == 0, lines[-1] if lines else ""
 
