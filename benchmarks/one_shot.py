@@ -42,6 +42,12 @@ def quantize(method: str, grid: Rounding, **more: object) -> Quantize:
     return Quantize.model_validate({"kind": "quantize", "method": method, "grid": grid, **more})
 
 
+def embeddings(method: str, bits: int) -> Quantize:
+    """Of the embeddings, which are the head."""
+    grid = Rounding(bits=bits, group=32)
+    return quantize(method, W4, embeddings=grid, overrides=[{"layers": "*"}])
+
+
 ROWS: dict[str, Prune | Quantize] = {
     "SparseGPT 50 %": prune("sparsegpt", UNSTRUCTURED),
     "SparseGPT 8:16": prune("sparsegpt", HALF_OF_16),
@@ -56,6 +62,10 @@ ROWS: dict[str, Prune | Quantize] = {
     ),
     "GPTQ int4 g64": quantize("gptq", W4),
     "GPTQ int4 g64, corrected": quantize("gptq", W4, correction=0.5),
+    "GPTQ int6 g32 of the embeddings alone": embeddings("gptq", 6),
+    "RTN int6 g32 of the embeddings alone": embeddings("rtn", 6),
+    "GPTQ int4 g32 of the embeddings alone": embeddings("gptq", 4),
+    "RTN int4 g32 of the embeddings alone": embeddings("rtn", 4),
     "absmax int8 per channel": quantize("absmax", CHANNEL),
     "RTN int4 g32, asymmetric": quantize("rtn", Rounding(bits=4, group=32, symmetric=False)),
 }
