@@ -7,6 +7,7 @@ return a bool mask of the same shape, True where the weight is kept.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -90,34 +91,30 @@ def top_of_bands(scores: Tensor, keep: int, window: int) -> Tensor:
     best_k(c) = score(c) + max over c' < c in window k-1 of best_{k-1}(c'), for all blocks at once.
     """
     check_divides(scores.shape[1], BLOCK, "banded pattern")
-    blocks = scores.reshape(-1, BLOCK).t().float()  # (16, blocks): a column of all blocks is contiguous
+    blocks = scores.reshape(-1, BLOCK).t().float().contiguous()  # (16, blocks)
     starts = window_starts(keep, window)
-    count = blocks.shape[1]
-    none = torch.full((count,), float("-inf"), device=scores.device)
-    best: list[Tensor] = []  # of the previous k, one per column of its window
-    came_from: list[list[Tensor]] = []
-    for k, start in enumerate(starts):
-        reached, origins = [], []
-        run, run_column = none, torch.zeros(count, dtype=torch.int8, device=scores.device)
-        offset = 0
-        for column in range(start, start + window):
-            if k:
-                while offset < window and starts[k - 1] + offset < column:
-                    better = best[offset] > run
-                    run = torch.where(better, best[offset], run)
-                    run_column = torch.where(better, torch.full_like(run_column, offset), run_column)
-                    offset += 1
-                origins.append(run_column)
-                reached.append(blocks[column] + run)
-            else:
-                reached.append(blocks[column])
-        best, came_from = reached, [*came_from, origins]
+    best = [blocks[starts[0] : starts[0] + window]]  # of every k, by column of its window: (window, blocks)
+    running: list[Tensor] = []  # the maximum of best_k over the columns up to this one: (window, blocks)
+    for k in range(1, keep):
+        running.append(best[-1].clone())
+        for left, here in pairwise(running[-1]):
+            torch.maximum(left, here, out=here)
+        best.append(blocks[starts[k] : starts[k] + window].clone())
+        for offset, here in enumerate(best[-1]):
+            before = min(starts[k] + offset - starts[k - 1], window)  # columns of window k-1 left of this one
+            here += running[-1][before - 1] if before else float("-inf")
     mask = torch.zeros_like(blocks, dtype=torch.bool)
-    choice = torch.stack(best).argmax(dim=0)
+    sought = best[-1].amax(dim=0)  # the k-th kept column is the first that reaches it
     for k in range(keep - 1, -1, -1):
-        mask.scatter_(0, (choice + starts[k])[None], True)
-        if k:
-            choice = torch.stack(came_from[k]).gather(0, choice[None])[0].long()
+        reached = best[k] == sought
+        missing = torch.ones_like(reached[0])
+        for offset, here in enumerate(reached):
+            here &= missing
+            missing ^= here
+            mask[starts[k] + offset] |= here
+            before = min(starts[k] + offset - starts[k - 1], window) if k else 0
+            if before:
+                sought = torch.where(here, running[k - 1][before - 1], sought)
     return mask.t().reshape(scores.shape)
 
 
