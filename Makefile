@@ -12,8 +12,8 @@ CORES := $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # The header of some GCCs (12.2 for one) says that loading a tile configuration reads 8 of its 64 bytes, so the rest
 # may be written too late (PR target/114098): llama.cpp so compiled dies of an illegal instruction where there is AMX.
-AMX_IS_BROKEN = echo '\#include <immintrin.h>' | c++ -xc++ -mamx-tile -E - 2>/dev/null | grep 'ldtilecfg.*void \*\*' >/dev/null
-WITHOUT_AMX := -DCMAKE_C_FLAGS=-mno-amx-int8 -DCMAKE_CXX_FLAGS=-mno-amx-int8
+AMX_IS_BROKEN = grep -q amx_int8 /proc/cpuinfo 2>/dev/null && \
+  echo '\#include <immintrin.h>' | c++ -xc++ -mamx-tile -E - 2>/dev/null | grep 'ldtilecfg.*void \*\*' >/dev/null
 RECIPE := pipelines/recipes/smollm2-135m-8of16-w4.yaml
 
 .PHONY: demo test lint clean
@@ -45,8 +45,9 @@ $(COMPILED): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
 	  echo "This Python cannot make a virtual environment: apt-get install python3-venv"; exit 1; }
 	@echo "== PyTorch and the other packages, with llama.cpp compiling beside them"
-	@if $(AMX_IS_BROKEN); then export CMAKE_ARGS="$$CMAKE_ARGS $(WITHOUT_AMX)"; fi; \
-	CMAKE_BUILD_PARALLEL_LEVEL=$(CORES) $(PIP) wheel --quiet --no-deps --constraint constraints.txt \
+	@if $(AMX_IS_BROKEN); then \
+	  export CFLAGS="$$CFLAGS -mno-amx-int8" CXXFLAGS="$$CXXFLAGS -mno-amx-int8"; anew=--no-cache-dir; fi; \
+	CMAKE_BUILD_PARALLEL_LEVEL=$(CORES) $(PIP) wheel $$anew --quiet --no-deps --constraint constraints.txt \
 	  --wheel-dir $(VENV)/wheels llama-cpp-python > $(VENV)/llama.log 2>&1 & compiling=$$!; \
 	$(PIP) install --quiet --constraint constraints.txt torch==2.13.0 \
 	  && wait $$compiling || { tail -n 20 $(VENV)/llama.log; exit 1; }

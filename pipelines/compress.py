@@ -15,7 +15,7 @@ from torch import Tensor
 from pipelines.allocate import owl_sparsities
 from pipelines.checkpoint import COMPRESSION, GRID, Checkpoint, CheckpointWriter, copy_side_files
 from pipelines.grids import Grid, absmax_grid, searched_grid, zero_point_grid
-from pipelines.layers import LayerForward, LayerRun, Pause, check_shapes, head_inputs, layer_forward
+from pipelines.layers import LayerForward, LayerRun, Pause, check_shapes, final_norm, layer_forward
 from pipelines.masks import (
     Grouped,
     Pattern,
@@ -65,8 +65,9 @@ Compress = Callable[[Linear, Tensor, Curvature | None], Compressed | None]
 def run_step(step: Prune | Quantize, folder: Path, out: Path, windows: Tensor | None) -> None:
     """Apply `step` to the model in `folder` and write the result to `out`.
 
-    windows (count, length) of token ids, for the steps that are calibrated. Memory: one decoder layer, its
-    Hessians, and the activations of the windows, whatever the number of layers.
+    windows (count, length) of token ids, for the steps that are calibrated. Memory: one decoder layer
+    (or the embeddings, or the head), its Hessians, and the activations of the windows, whatever the number of
+    layers.
     """
     checkpoint = Checkpoint(folder)
     check_shapes(checkpoint.config, checkpoint.shapes())
@@ -112,13 +113,19 @@ def run_step(step: Prune | Quantize, folder: Path, out: Path, windows: Tensor | 
             tensor = checkpoint.tensors([name])[name]
             grid = _outer_grid(step, checkpoint, name)
             if grid is not None:
+                assert isinstance(step, Quantize)
                 module = name.removesuffix(".weight")
-                is_head = module == checkpoint.family.head or checkpoint.tied
-                curvature = stream.of_head(checkpoint, step.damping) if stream and is_head else None
-                outer = Linear(module, tensor.to(device, SOLVER_DTYPE), None)
-                method = "rtn" if curvature is None else "gptq"  # a look-up has no curvature
+                curvature = None
+                if stream is not None and (checkpoint.tied or module == checkpoint.family.head):
+                    curvature = stream.of_head(step.damping)
+                # Without: not calibrated, or only looked up, so that each weight counts by itself.
+                method = "rtn" if curvature is None else "gptq"
+                where = tensor.device if curvature is None else device
+                outer = Linear(module, tensor.to(where, SOLVER_DTYPE), None)
                 with _named(outer):
-                    result = _round(outer, outer.weight, grid, method, curvature)
+                    result = _round(
+                        outer, outer.weight, grid, method, curvature, activation_order=step.activation_order
+                    )
                 tensor = result.weight.to(tensor.device, tensor.dtype)
                 records[module] = result.record
                 _replace_grid(grids, module, result.grid)
@@ -141,6 +148,12 @@ class Stream:
         self.forward: LayerForward = layer_forward(
             checkpoint.family, checkpoint.config, windows.shape[1], device
         )
+        weight, bias = f"{self.family.norm}.weight", f"{self.family.norm}.bias"
+        norms = checkpoint.tensors(
+            name for name in (weight, bias) if name == weight or name in checkpoint.names
+        )
+        norms = {name: tensor.to(device, SOLVER_DTYPE) for name, tensor in norms.items()}
+        self.norm = final_norm(checkpoint.family, checkpoint.config, norms[weight], norms.get(bias))
         self.hidden = _embed(checkpoint, windows, device)
         self.original = list(self.hidden) if correction else []
 
@@ -180,17 +193,11 @@ class Stream:
         self.hidden, self.original = runs.results, originals.results
         return done
 
-    def of_head(self, checkpoint: Checkpoint, damping: float) -> Curvature:
+    def of_head(self, damping: float) -> Curvature:
         """The curvature of the output head, once the activations have passed all layers."""
-        norm = {
-            name.rpartition(".")[2]: tensor.to(self.device, SOLVER_DTYPE)
-            for name, tensor in checkpoint.tensors(
-                name for name in checkpoint.names if name.startswith(f"{self.family.norm}.")
-            ).items()
-        }
         gram = Gram(self.hidden[0].shape[-1], self.device)
         for x in self.hidden:
-            gram.add(head_inputs(self.family, checkpoint.config, x, norm["weight"], norm.get("bias")))
+            gram.add(self.norm(x))
         return Curvature(gram.hessian(), damping)
 
     def _corrected(
@@ -324,7 +331,7 @@ def _round(
     method: str,
     curvature: Curvature | None,
     *,
-    activation_order: bool = True,
+    activation_order: bool,
 ) -> Compressed:
     mask = linear.mask
     if mask is not None:

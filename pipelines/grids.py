@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pipelines.masks import check_divides
 
+PIECE = 1 << 24  # weights of whole rows that are searched at a time: a search needs many times their memory
 SHRINK = tuple(1.0 - 0.02 * step for step in range(26))  # candidates of the scale search: 1.00 ... 0.50
 
 
@@ -112,6 +113,15 @@ def searched_grid(
     each column, as the diagonal of the Hessian does; None: all alike. A symmetric grid may have a negative
     scale, so that the side with the larger weight gets the extra level -2^(bits-1).
     """
+    if weight.numel() > PIECE and len(weight) > 1:
+        grids = [
+            searched_grid(part, bits, group, symmetric=symmetric, integer=integer, importance=importance)
+            for part in torch.split(weight, max(1, PIECE // weight.shape[1]))
+        ]
+        zeros = [grid.zero_point for grid in grids if grid.zero_point is not None]
+        return Grid(
+            bits, group, torch.cat([grid.scale for grid in grids]), torch.cat(zeros) if zeros else None
+        )
     groups = grouped(weight, group)
     cost = torch.ones_like(groups[:1]) if importance is None else importance.view(1, -1, groups.shape[2])
     low, high = groups.amin(dim=2), groups.amax(dim=2)

@@ -45,14 +45,17 @@ def layer_forward(
     return _llama(model_config, length, device)
 
 
-def head_inputs(
-    family: Family, config: Mapping[str, Any], hidden: Tensor, weight: Tensor, bias: Tensor | None
-) -> Tensor:
-    """What the output head sees: what the last decoder layer returns (..., width) after the final norm."""
+def final_norm(
+    family: Family, config: Mapping[str, Any], weight: Tensor, bias: Tensor | None
+) -> Callable[[Tensor], Tensor]:
+    """From what the last decoder layer returns (..., width) to what the output head receives.
+
+    weight and bias (width,) are the final norm's. Raises FormatError as `parsed` does.
+    """
     model_config = parsed(config)
     if family.name == "mpt":
-        return F.layer_norm(hidden, hidden.shape[-1:], weight, bias, model_config.layer_norm_epsilon)
-    return F.rms_norm(hidden, hidden.shape[-1:], weight, model_config.rms_norm_eps)
+        return lambda x: F.layer_norm(x, x.shape[-1:], weight, bias, model_config.layer_norm_epsilon)
+    return lambda x: F.rms_norm(x, x.shape[-1:], weight, model_config.rms_norm_eps)
 
 
 def parsed(config: Mapping[str, Any]) -> Any:

@@ -88,10 +88,19 @@ def top_of_bands(scores: Tensor, keep: int, window: int) -> Tensor:
     """The best mask under the banded pattern: the k-th kept column of a block lies in window k.
 
     Maximises the sum of scores over strictly increasing columns by dynamic programming over k:
-    best_k(c) = score(c) + max over c' < c in window k-1 of best_{k-1}(c'), for all blocks at once.
+    best_k(c) = score(c) + max over c' < c in window k-1 of best_{k-1}(c'), for many blocks at once. Scores
+    are finite.
     """
     check_divides(scores.shape[1], BLOCK, "banded pattern")
-    blocks = scores.reshape(-1, BLOCK).t().float().contiguous()  # (16, blocks)
+    # A piece needs about 40 times the memory of its mask; on a GPU it is the number of calls that takes time.
+    piece = 1 << 15 if scores.device.type == "cpu" else 1 << 20
+    pieces = torch.split(scores.reshape(-1, BLOCK), piece)
+    return torch.cat([_top_of_bands(blocks, keep, window) for blocks in pieces]).view(scores.shape)
+
+
+def _top_of_bands(scores: Tensor, keep: int, window: int) -> Tensor:
+    """scores and mask (blocks, 16)."""
+    blocks = scores.t().float().contiguous()
     starts = window_starts(keep, window)
     best = [blocks[starts[0] : starts[0] + window]]  # of every k, by column of its window: (window, blocks)
     running: list[Tensor] = []  # the maximum of best_k over the columns up to this one: (window, blocks)
@@ -115,7 +124,7 @@ def top_of_bands(scores: Tensor, keep: int, window: int) -> Tensor:
             before = min(starts[k] + offset - starts[k - 1], window) if k else 0
             if before:
                 sought = torch.where(here, running[k - 1][before - 1], sought)
-    return mask.t().reshape(scores.shape)
+    return mask.t()
 
 
 def check_divides(columns: int, group: int, what: str) -> None:

@@ -166,12 +166,18 @@ class Quantize(Part):
     method: Literal["absmax", "zeropoint", "rtn", "gptq"]
     grid: Rounding
     activation_order: bool = Field(True, description="gptq: round the columns of largest activation first")
-    correction: float = Field(0.0, ge=0, le=1, description="gptq: undo the error of earlier layers")
+    correction: float = Field(
+        0.0, ge=0, le=1, description="gptq: undo the error of earlier layers, in decoder layers"
+    )
     damping: float = Field(0.01, gt=0, description="fraction of the mean of the Hessian's diagonal")
     embeddings: Rounding | None = Field(
-        None, description="grid of the token embeddings, by gptq if they are the head; null: unchanged"
+        None,
+        description="grid of the token embeddings, each rounded to the nearest, but by gptq if they are the "
+        "head too; null: unchanged",
     )
-    head: Rounding | None = Field(None, description="grid of an untied output head; null: unchanged")
+    head: Rounding | None = Field(
+        None, description="grid of an untied output head, rounded by gptq in such a step; null: unchanged"
+    )
     overrides: list[QuantizeOverride] = []
 
     @model_validator(mode="after")

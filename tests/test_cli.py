@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import platform
 import re
 import resource
 import shlex
@@ -207,8 +208,13 @@ def test_doctor(tmp_path: Path) -> None:
 def test_doctor_tells_of_a_package_for_another_processor() -> None:
     """A llama.cpp with instructions that the processor does not know: nothing but a signal says so."""
     works, told = doctor._probe("import os, signal; os.kill(os.getpid(), signal.SIGILL)")
-    mend = doctor._imported("llama-cpp-python", works, told).mend
-    assert "another processor" in told and mend is not None and "--no-cache-dir llama-cpp-python" in mend
+    mends = {name: doctor._imported(name, works, told).mend or "" for name in ("llama-cpp-python", "torch")}
+    assert "another processor" in told
+    assert all(
+        mend.endswith(f"pip install --force-reinstall --no-cache-dir {n}") for n, mend in mends.items()
+    )
+    assert ("amx" in mends["llama-cpp-python"]) == (platform.machine() == "x86_64")
+    assert "amx" not in mends["torch"]
 
 
 def test_doctor_counts_the_entries(url: str, tmp_path: Path) -> None:

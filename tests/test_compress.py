@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM
 from pipelines.compress import run_step
 from pipelines.families import FAMILIES
 from pipelines.grids import searched_grid
+from pipelines.layers import final_norm, parsed
 from pipelines.recipe import Prune, Quantize, Step
 from tests import reference
 from tests.test_checkpoint import load_all, rewrite, shard
@@ -390,6 +391,26 @@ def test_gptq_rounds_the_head_for_what_it_receives(family: str, tied: bool, tmp_
     assert error["gptq"] < 0.6 * error["rtn"]
 
 
+def test_the_head_is_rounded_in_the_order_that_the_step_says(tmp_path: Path) -> None:
+    folder = make("llama", tmp_path / "base", dtype=torch.float32)
+    heads = []
+    for activation_order in (True, False):
+        step = quantize("gptq", head={"bits": 3, "group": 32}, activation_order=activation_order)
+        heads.append(load_all(apply(folder, step, out=tmp_path / f"{activation_order}"))["lm_head.weight"])
+    assert not torch.equal(*heads)
+
+
+def test_a_final_norm_with_a_bias_is_that_of_transformers(tmp_path: Path) -> None:
+    """As MosaicML's MPT checkpoints may have it, and transformers reads it."""
+    width = 64
+    config = {"architectures": ["MptForCausalLM"], "model_type": "mpt", "d_model": width, "n_heads": 4}
+    weight, bias, x = torch.rand(3, width).unbind()
+    norm = torch.nn.LayerNorm(width, eps=parsed(config).layer_norm_epsilon)
+    norm.load_state_dict({"weight": weight, "bias": bias})
+    ours = final_norm(FAMILIES["mpt"], config, weight, bias)(x)
+    torch.testing.assert_close(ours, norm(x).detach())
+
+
 @pytest.mark.parametrize("family", MAKERS)
 def test_embeddings_and_head_stay_as_they_are_unless_asked_for(family: str, tmp_path: Path) -> None:
     folder = make(family, tmp_path / "base", tie_word_embeddings=family == "mpt")
@@ -661,6 +682,14 @@ def test_a_missing_tensor_is_named(name: str, step: Prune | Quantize, tmp_path: 
     rewrite(folder, lambda tensors: tensors.pop(name))
     with pytest.raises(FormatError, match=name.replace(".", r"\.")):
         apply(folder, step)
+
+
+def test_a_missing_final_norm_is_named_before_anything_is_computed(tmp_path: Path) -> None:
+    folder = make("llama", tmp_path / "base")
+    rewrite(folder, lambda tensors: tensors.pop("model.norm.weight"))
+    with pytest.raises(FormatError, match=r"lacks the tensor model\.norm\.weight"):
+        apply(folder, quantize("gptq"))
+    assert not list((tmp_path / "base-gptq").glob("*.safetensors"))
 
 
 @pytest.mark.parametrize("step", [prune("magnitude"), quantize("gptq")], ids=lambda s: s.method)

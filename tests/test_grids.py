@@ -112,6 +112,16 @@ def test_search_never_does_worse_than_the_plain_grid(
         assert loss(found).sum() < 0.97 * loss(plain).sum()
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_large_matrix_has_the_grid_of_its_rows(symmetric: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, importance = torch.randn(40, 64), torch.rand(64)
+    whole = searched_grid(weight, 4, 32, symmetric=symmetric, importance=importance)
+    monkeypatch.setattr("pipelines.grids.PIECE", 64 * 7)
+    pieces = searched_grid(weight, 4, 32, symmetric=symmetric, importance=importance)
+    assert torch.equal(whole.scale, pieces.scale)
+    assert torch.equal(whole.round(weight), pieces.round(weight))
+
+
 def test_a_peak_on_the_positive_side_gets_the_extra_level() -> None:
     """Levels -8 ... 7 times a negative scale hold +8 steps."""
     steps = torch.tensor([[8.0, -7, 3, 1, -2, 5, -6, 4]])

@@ -64,6 +64,13 @@ def test_banded_mask_is_the_best_of_all_legal_masks(keep: int, window: int, kind
     np.testing.assert_allclose(found, (legal @ blocks.T).max(axis=0), rtol=1e-6)
 
 
+def test_a_large_matrix_has_the_mask_of_its_rows() -> None:
+    """Masks are found in pieces, whose ends are not those of rows."""
+    scores = torch.rand(1030, 1040, generator=torch.Generator().manual_seed(0))
+    rows = [best_mask(part, Grouped(8, 16, window=8)) for part in torch.split(scores, 10)]
+    assert torch.equal(best_mask(scores, Grouped(8, 16, window=8)), torch.cat(rows))
+
+
 def test_window_of_four_holds_every_two_of_four_mask() -> None:
     halves = [row for row in np.ndindex(2, 2, 2, 2) if sum(row) == 2]
     for choice in np.ndindex(6, 6, 6, 6):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from pipelines.worker import Ended, Task
 from tests.process import ROOT
 from tests.scheduler import alive
 from zoo.registry import open_registry
@@ -120,3 +121,40 @@ def test_one_that_closes_its_registry_ends_without_a_traceback(tmp_path: Path) -
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (130, "")
     assert done.stderr.count("\n") == 1 and "interrupted" in done.stderr
+
+
+# A job's worker that is asked to end just as it begins, or ends, to hear of signals.
+ASKED = """
+import os, signal, sys
+from pipelines import worker
+
+set_handler = signal.signal
+
+def asked(number, handler):
+    if (number, handler) == (signal.SIGINT, {handler}):
+        os.kill(os.getpid(), signal.{number})
+    return set_handler(number, handler)
+
+signal.signal = asked
+worker.main(lambda task: worker.Ended(status="done"))
+"""
+
+
+@pytest.mark.parametrize(
+    ("handler", "number"), [("signal.default_int_handler", "SIGTERM"), ("signal.SIG_IGN", "SIGINT")]
+)
+def test_a_worker_that_begins_or_ends_answers(handler: str, number: str) -> None:
+    task = Task(
+        job="one", recipe="one.yaml", overrides=[], store="store", registry="registry.db",
+        lease_token=1, lease_holder="nobody",
+    )  # fmt: skip
+    with subprocess.Popen(
+        [sys.executable, "-c", ASKED.format(handler=handler, number=number)],
+        cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        assert process.stdin and process.stdout and process.stderr
+        process.stdin.write(task.model_dump_json() + "\n")
+        process.stdin.flush()  # it stays open: the worker would end with it
+        answer = process.stdout.read()
+        assert (process.wait(60), process.stderr.read()) == (0, "")
+    assert Ended.model_validate_json(answer).status == "interrupted"

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from importlib import metadata
 from pathlib import Path
 from typing import Literal
@@ -24,21 +25,14 @@ from zoo.runner import native
 LEAST_FREE_BYTES = 5_000_000_000  # a small model with its steps' outputs and exports
 LEAST_MEMORY_BYTES = 2_000_000_000
 _PROBE_TORCH = "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else '')"
-_PROBE_LLAMA = """
-import tempfile
-from pathlib import Path
-import llama_cpp
-from zoo.runner import peers, shapes
-with tempfile.TemporaryDirectory() as folder:
-    path = Path(folder) / "random.gguf"
-    peers.write_gguf(path, shapes.SHAPES["tiny"], "Q4_0")
-    model = llama_cpp.Llama(str(path), n_ctx=16, n_threads=1, verbose=False)
-    model.eval([1, 2, 3])
-    model.close()
-print(llama_cpp.__version__)
-"""
+_PROBE_LLAMA = (
+    "import pathlib, llama_cpp; from zoo.runner import peers, shapes; "
+    "peers.write_gguf(pathlib.Path('random.gguf'), shapes.SHAPES['tiny'], 'Q4_0'); "
+    "model = llama_cpp.Llama('random.gguf', n_ctx=16, n_threads=1, verbose=False); "
+    "model.eval([1, 2, 3]); model.close(); print(llama_cpp.__version__)"
+)
 _OTHER_PROCESSOR = "ended by SIGILL: it was compiled for another processor, or by a compiler that breaks AMX"
-_WITHOUT_AMX = 'CMAKE_ARGS="-DCMAKE_C_FLAGS=-mno-amx-int8 -DCMAKE_CXX_FLAGS=-mno-amx-int8" '
+_WITHOUT_AMX = "CFLAGS=-mno-amx-int8 CXXFLAGS=-mno-amx-int8 "  # Makefile says why
 
 
 class Check(Record):
@@ -184,19 +178,22 @@ def _imported(package: str, works: bool, found: str) -> Check:
     mend = None
     if not works:
         mend = f"pip install --force-reinstall --no-cache-dir {package}"
-        if found == _OTHER_PROCESSOR:
+        compiled = package == "llama-cpp-python" and found == _OTHER_PROCESSOR
+        if compiled and platform.machine() == "x86_64":
             mend = _WITHOUT_AMX + mend
     return Check(name=package, status="ok" if works else "missing", found=found, mend=mend)
 
 
 def _probe(program: str) -> tuple[bool, str]:
-    """Run a Python program in a process of its own; whether it succeeded, and the last line it said."""
-    try:
-        done = subprocess.run(
-            [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False
-        )
-    except subprocess.TimeoutExpired:
-        return False, "does not load within two minutes"
+    """Run a Python program in a process and a folder of its own; did it succeed, and its last line."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            done = subprocess.run(
+                [sys.executable, "-c", program],
+                cwd=folder, capture_output=True, text=True, timeout=120, check=False,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            return False, "does not run within two minutes"
     if done.returncode == -signal.SIGILL:
         return False, _OTHER_PROCESSOR
     lines = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()

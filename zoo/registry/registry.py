@@ -785,7 +785,7 @@ def _engine(url: URL) -> Engine:
 
 
 def _keep_quiet_when_stopped(engine: Engine) -> None:
-    """SQLAlchemy logs whatever interrupts the closing of a connection, and passes on all but exceptions."""
+    """SQLAlchemy logs what interrupts the closing of a connection, with a traceback, and raises it too."""
     logging.getLogger(f"{type(engine.pool).__module__}.{type(engine.pool).__name__}").addFilter(_not_stopped)
 
 
