@@ -88,8 +88,8 @@ def top_of_bands(scores: Tensor, keep: int, window: int) -> Tensor:
     """The best mask under the banded pattern: the k-th kept column of a block lies in window k.
 
     Maximises the sum of scores over strictly increasing columns by dynamic programming over k:
-    best_k(c) = score(c) + max over c' < c in window k-1 of best_{k-1}(c'), for many blocks at once. Scores
-    are finite.
+    best_k(c) = score(c) + max over c' < c in window k-1 of best_{k-1}(c'), for many blocks at once. No
+    score is NaN.
     """
     check_divides(scores.shape[1], BLOCK, "banded pattern")
     # A piece needs about 40 times the memory of its mask; on a GPU it is the number of calls that takes time.
@@ -100,7 +100,8 @@ def top_of_bands(scores: Tensor, keep: int, window: int) -> Tensor:
 
 def _top_of_bands(scores: Tensor, keep: int, window: int) -> Tensor:
     """scores and mask (blocks, 16)."""
-    blocks = scores.t().float().contiguous()
+    highest = torch.finfo(torch.float32).max / BLOCK  # so that sums are finite, also of infinite scores
+    blocks = scores.t().float().clamp(max=highest).contiguous()
     starts = window_starts(keep, window)
     best = [blocks[starts[0] : starts[0] + window]]  # of every k, by column of its window: (window, blocks)
     running: list[Tensor] = []  # the maximum of best_k over the columns up to this one: (window, blocks)
