@@ -71,6 +71,17 @@ def test_a_large_matrix_has_the_mask_of_its_rows() -> None:
     assert torch.equal(best_mask(scores, Grouped(8, 16, window=8)), torch.cat(rows))
 
 
+@pytest.mark.parametrize("keep", [4, 8, 12])
+def test_scores_that_overflow_leave_no_block_empty(keep: int) -> None:
+    """Whose weights would all be zero, and hide that the activations are not finite."""
+    scores = torch.rand(64, 64, generator=torch.Generator().manual_seed(0))
+    for column in (3, 6, 7, 40, 41, 42):
+        scores[:, column] = torch.inf
+    for every in (scores, torch.full_like(scores, torch.inf)):
+        mask = best_mask(every, Grouped(keep, 16, window=8))
+        assert (mask.view(-1, 16).sum(dim=1) == keep).all()
+
+
 def test_window_of_four_holds_every_two_of_four_mask() -> None:
     halves = [row for row in np.ndindex(2, 2, 2, 2) if sum(row) == 2]
     for choice in np.ndindex(6, 6, 6, 6):
