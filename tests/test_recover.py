@@ -22,6 +22,8 @@ from accelerate import Accelerator
 from pydantic import TypeAdapter
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from pipelines.cluster import Reserved
 from pipelines.compress import run_step
@@ -488,9 +490,17 @@ def test_another_trainings_state_is_refused(models: dict[str, Path], tmp_path: P
 
 
 @pytest.mark.real
-@pytest.mark.parametrize("decay", [None, 5.0], ids=["zero at once", "decaying"])
+@pytest.mark.parametrize(
+    ("decay", "how"),
+    [(None, {}), (5.0, {}), (None, {"shard": True, "recompute": True})],
+    ids=["zero at once", "decaying", "sharded"],
+)
 def test_two_processes_learn_what_one_does(
-    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, decay: float | None
+    models: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    decay: float | None,
+    how: dict[str, Any],
 ) -> None:
     changes: dict[str, Any] = {
         "prune": {"method": "wanda", "pattern": {"keep": 8, "group": 16}, "schedule": "stages",
@@ -500,7 +510,7 @@ def test_two_processes_learn_what_one_does(
     }  # fmt: skip
     alone = job(tmp_path / "one", models, "teacher", **changes)
     one = recover(alone)
-    both = job(tmp_path / "two", models, "teacher", **changes)
+    both = job(tmp_path / "two", models, "teacher", **changes, **how)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     two = launched(both, 2)
     assert (one.processes, two.processes) == (1, 2)
@@ -584,11 +594,27 @@ def test_another_machine_says_what_nobody_foresaw(models: dict[str, Path], tmp_p
 
 
 def test_sharded_weights_are_gathered_as_they_are_exported() -> None:
-    """accelerate would have its plugin gather in the type of autocast."""
+    """And nothing else is cast. accelerate would have its plugin gather in the type of autocast."""
     plugin = recover_module._fsdp("LlamaDecoderLayer")
     plugin.set_mixed_precision("bf16")
-    policy = plugin.mixed_precision_policy
-    assert {policy.param_dtype, policy.reduce_dtype, policy.output_dtype} == {torch.float32}
+    seen: list[torch.dtype] = []
+
+    class Layer(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.extend([x.dtype, self.weight.dtype])
+            return super().forward(x)
+
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        layer = fully_shard(Layer(4, 4), mesh=mesh, mp_policy=plugin.mixed_precision_policy)
+        with torch.autocast("cpu", torch.bfloat16):
+            out = layer(torch.ones(2, 4, dtype=torch.bfloat16))
+        out.sum().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert [*seen, out.dtype] == [torch.bfloat16, torch.float32, torch.bfloat16]
+    assert layer.weight.grad is not None and layer.weight.grad.dtype == torch.float32
 
 
 # --- what is refused --------------------------------------------------------------------------------

@@ -384,17 +384,15 @@ def _fsdp(layer_class: str) -> Any:
     from accelerate.utils import FullyShardedDataParallelPlugin
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
-    exact = torch.float32
     return FullyShardedDataParallelPlugin(
         fsdp_version=2,
         auto_wrap_policy="transformer_based_wrap",
         transformer_cls_names_to_wrap=[layer_class],
         state_dict_type="SHARDED_STATE_DICT",
-        # Autocast computes in bfloat16 all the same. accelerate would gather the weights in bfloat16 too, and
-        # masks and grids would not see those that are exported; losses and gradients would lose digits.
-        mixed_precision_policy=MixedPrecisionPolicy(
-            param_dtype=exact, reduce_dtype=exact, output_dtype=exact
-        ),
+        # Nothing is cast but by autocast: accelerate would gather the weights in bfloat16, and masks and
+        # grids not see those that are exported. Nor is what goes into a layer, as torch 2.11 does not cast
+        # that where `recompute` makes it again.
+        mixed_precision_policy=MixedPrecisionPolicy(),
     )
 
 
