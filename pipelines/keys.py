@@ -27,6 +27,7 @@ from pipelines.recipe import (
     Recover,
     Step,
     follow,
+    made_by,
     numbered,
 )
 from zoo import __version__
@@ -206,7 +207,7 @@ class Made:
     number: str
     step: Step
     key: str
-    of: tuple[str, ...]  # keys of the models it takes
+    of: tuple[str, ...]  # keys of the models it takes, then of those of earlier steps that it learns from
 
     @property
     def name(self) -> str:
@@ -224,18 +225,26 @@ def steps(
     """Every step, those of branches too, up to one of which `sha256_of` does not know a model."""
     found: list[Made] = []
 
+    def named(name: str | None) -> str:
+        number = made_by(name)
+        if name is None:
+            return base_sha256
+        if number is not None:
+            return next(made.key for made in found if made.number == number)
+        if (sha256 := sha256_of(name)) is None:
+            raise _Unknown
+        return sha256
+
     def make(number: str, step: Step, taken: list[str]) -> str:
+        teachers: list[str] = []
         if isinstance(step, Recover):
-            models = [base_sha256 if name is None else sha256_of(name) for name in step.models]
-            known = [sha256 for sha256 in models if sha256 is not None]
-            if len(known) < len(models):
-                raise _Unknown
-            key = recovery(step, taken[0], known)
+            key = recovery(step, taken[0], [named(name) for name in step.models])
+            teachers = [named(name) for name in step.models if made_by(name) is not None]
         elif isinstance(step, Average):
             key = average(step, taken)
         else:
             key = compression(step, taken[0], windows)
-        found.append(Made(number, step, key, tuple(taken)))
+        found.append(Made(number, step, key, (*taken, *teachers)))
         return key
 
     with suppress(_Unknown):

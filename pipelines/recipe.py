@@ -238,7 +238,7 @@ class Written(Part):
 
     source: str = Field(description="what pieces begin with: as in `data`, builtin:seed or builtin:openings")
     column: str = Field("text", description="column of a parquet file or data set")
-    model: str | None = Field(None, description="who writes, as in `base`; null: the teacher")
+    model: str | None = Field(None, description="who writes, as in `teacher`; null: the teacher")
     tokens: int = Field(ge=1, description="to be written")
     begin: Literal["anywhere", "lines"] = Field("anywhere", description="where in the text a piece begins")
     prompt: int = Field(16, ge=1, description="tokens of the text that a piece begins with")
@@ -377,7 +377,9 @@ class Recover(Part):
     skills: list[Skill] = []
     written: list[Written] = []
     resample: Resample | None = Field(None, description="augment the text; null: train on it as it is")
-    teacher: str | None = Field(None, description="a model as in `base`; null: the base")
+    teacher: str | None = Field(
+        None, description="a model as in `base`, or step:N, what step N of this recipe made; null: the base"
+    )
     budget: Budget
     losses: Losses = Losses()
     optimizer: Optimizer = Optimizer()
@@ -414,7 +416,7 @@ class Recover(Part):
 
     @property
     def models(self) -> list[str | None]:
-        """What it learns from, as in `base` (None: the base): its teacher, then the models that write."""
+        """What it learns from (None: the base): its teacher, then the models that write."""
         return [self.teacher, *(text.model or self.teacher for text in self.written)]
 
     @property
@@ -468,6 +470,8 @@ def _prunes(step: Simple) -> bool:
 
 Model = TypeVar("Model")
 
+STEP = "step:"  # what a step made, as a teacher
+
 
 def follow(steps: Sequence[Step], model: Model, make: Callable[[str, Step, list[Model]], Model]) -> Model:
     """What the steps make of `model`. `make` does one: it is given the step's number, the step and what it
@@ -485,6 +489,11 @@ def follow(steps: Sequence[Step], model: Model, make: Callable[[str, Step, list[
                 taken.append(end)
         model = make(str(number), step, taken)
     return model
+
+
+def made_by(name: str | None) -> str | None:
+    """The number of the step that makes the model called so in its recipe; None if it is another's."""
+    return name.removeprefix(STEP) if name is not None and name.startswith(STEP) else None
 
 
 def numbered(steps: Sequence[Step]) -> list[tuple[str, Step]]:
@@ -617,6 +626,17 @@ class Recipe(Part):
         return self
 
     @model_validator(mode="after")
+    def _taught_by_earlier_steps(self) -> Recipe:
+        done: list[str] = []
+        for number, step in numbered(self.steps):
+            for name in step.models if isinstance(step, Recover) else ():
+                if (wanted := made_by(name)) is not None and wanted not in done:
+                    before = ", ".join(done) or "none"
+                    raise ValueError(f"step {number} learns from {name}; the steps before it are: {before}")
+            done.append(number)
+        return self
+
+    @model_validator(mode="after")
     def _something_to_pack(self) -> Recipe:
         packs = any(isinstance(export, CompressedTensors) for export in self.exports)
         since: list[Step] = []  # the last average: a mean is on no grid
@@ -633,6 +653,12 @@ class Recipe(Part):
         if self.evaluation.gguf and not any(e.quantized for e in self.exports if isinstance(e, Gguf)):
             raise ValueError("`evaluation.gguf` needs an export of a quantized GGUF type, e.g. Q4_0")
         return self
+
+    @property
+    def models(self) -> set[str | None]:
+        """Those that its trainings learn from and no step of its own makes, as in `base` (None: the base)."""
+        trainings = [step for _, step in numbered(self.steps) if isinstance(step, Recover)]
+        return {name for step in trainings for name in step.models if made_by(name) is None}
 
     @property
     def asked_gguf(self) -> Mapping[str, str]:

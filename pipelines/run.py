@@ -41,6 +41,7 @@ from pipelines import (
 )
 from pipelines.families import Family
 from pipelines.recipe import (
+    STEP,
     Average,
     CompressedTensors,
     Evaluation,
@@ -293,9 +294,9 @@ def _compressed(recipe: Recipe, base: sources.Base, run_: Run) -> tuple[Path, st
     """The compressed model folder and its key. What comes before a step that is in the store is not made."""
     windows = None
     windows_key = keys.calibration(recipe, base.sha256)
-    named = {name for _, step in numbered(recipe.steps) if isinstance(step, Recover) for name in step.models}
-    models = {name: base if name is None else sources.resolve(name, run_.store) for name in named}
-    made = keys.steps(recipe, base.sha256, windows_key, lambda source: models[source].sha256)
+    bases = {name: base if name is None else sources.resolve(name, run_.store) for name in recipe.models}
+    made = keys.steps(recipe, base.sha256, windows_key, lambda source: bases[source].sha256)
+    models = {name: (one.folder, one.sha256) for name, one in bases.items()}
     needed = _needed(made, run_.store)
     if any(one.step.calibrated for one in made if one.key in needed):
         folder = run_.stage(
@@ -318,6 +319,7 @@ def _compressed(recipe: Recipe, base: sources.Base, run_: Run) -> tuple[Path, st
             run_.stage(one.name, one.key, partial(average.run_step, step, taken))
         else:
             run_.stage(one.name, one.key, partial(compress.run_step, step, taken[0], windows=windows))
+        models[STEP + one.number] = folder_of(one.key), one.key
         run_.reached(one.name)
     key = made[-1].key if made else base.sha256
     return folder_of(key), key
@@ -335,17 +337,17 @@ def _needed(made: Sequence[keys.Made], store: Store) -> set[str]:
 
 
 def _recovered(
-    step: Recover, name: str, key: str, folder: Path, models: Mapping[str | None, sources.Base], run_: Run
+    step: Recover, name: str, key: str, folder: Path, models: Mapping[str | None, tuple[Path, str]], run_: Run
 ) -> None:
-    """Train the model in `folder`. A training that was interrupted goes on from its last state."""
+    """Train the model in `folder`; models: of each name in `step.models` the folder, and what names its
+    content. A training that was interrupted goes on from its last state."""
     state = run_.store.root / "training" / key
 
     def work(out: Path) -> None:
-        known = {name: (model.folder, model.sha256) for name, model in models.items()}
-        tokens = training_tokens(step, folder, known, run_.store)
-        teacher = models[step.teacher]
-        others = alternatives(step, tokens, teacher.folder, teacher.sha256, run_.store)
-        recover(Job(step=step, identity=key, student=folder, teacher=teacher.folder, tokens=tokens,
+        tokens = training_tokens(step, folder, models, run_.store)
+        teacher, teacher_id = models[step.teacher]
+        others = alternatives(step, tokens, teacher, teacher_id, run_.store)
+        recover(Job(step=step, identity=key, student=folder, teacher=teacher, tokens=tokens,
                     alternatives=others, out=out, state=state))  # fmt: skip
 
     run_.stage(name, key, work)

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from pipelines.recipe import Average, Recipe, Recover, TrainingText, load, numbered
+from pipelines.recipe import Average, Recipe, Recover, TrainingText, load, made_by, numbered
 from pipelines.recover.steps import Models, fingerprint, run_steps
 from zoo.errors import UsageError, ZooError
 from zoo.files import Store
@@ -47,7 +47,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m pipelines.recover", description=__doc__)
     parser.add_argument("--model", type=Path, help="model folder: the base, or one that is pruned already")
     parser.add_argument(
-        "--teacher", type=Path, help="of every step; default: as the recipe says, --model its base"
+        "--teacher",
+        type=Path,
+        help="of every step but those that learn from another step; default: as the recipe says",
     )
     parser.add_argument(
         "--named",
@@ -106,15 +108,15 @@ def _run(options: argparse.Namespace) -> bool:
 
 def _models(recipe: Recipe, options: argparse.Namespace) -> Models:
     """The folders of all models that the recipe names, and what names their content; None: of its base."""
-    trainings = [step for _, step in numbered(recipe.steps) if isinstance(step, Recover)]
     given: dict[str | None, Path] = {None: options.teacher or options.model}
     if options.teacher is not None:
-        given |= {step.teacher: options.teacher for step in trainings}
+        trainings = [step for _, step in numbered(recipe.steps) if isinstance(step, Recover)]
+        given |= {step.teacher: options.teacher for step in trainings if made_by(step.teacher) is None}
     given |= dict(options.named)
     for folder in (options.model, *given.values()):
         if not (folder / "config.json").is_file():
             raise UsageError(f"{folder} is not a model folder", saw="no config.json in it")
-    if missing := {name for step in trainings for name in step.models} - given.keys():
+    if missing := recipe.models - given.keys():
         raise UsageError(
             f"the recipe learns from {', '.join(sorted(map(str, missing)))}",
             try_=f"--named {min(map(str, missing))}=DIR, or --written FILE for what a model was to write",

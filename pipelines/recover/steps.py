@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from pipelines import average
-from pipelines.recipe import Average, Calibration, Recipe, Recover, Step, follow, numbered
+from pipelines.recipe import STEP, Average, Calibration, Recipe, Recover, Step, follow, numbered
 from pipelines.recover.tokens import training_tokens
 from zoo.errors import UsageError
 from zoo.files import Store, sha256_file, sha256_json, write_json
 from zoo.progress import say
 
-# as a recipe names them (None: its base): folder, and what names its content
+# as a step names them (None: the recipe's base): folder, and what names its content
 Models = Mapping[str | None, tuple[Path, str]]
 RUN = "run.json"
 POLL_S = 1.0
@@ -38,12 +38,12 @@ def run_steps(
     seconds: until a training saves and ends, or waiting for another run that does the same step. False if
     they were over before. Raises UsageError for a folder that holds something else, or is not to be resumed.
     """
-    named = {name for _, step in numbered(recipe.steps) if isinstance(step, Recover) for name in step.models}
     settings = [recipe.calibration.model_dump(mode="json"), *(_said(step, HOW) for step in recipe.steps)]
-    names = sorted((name or "", models[name][1]) for name in named)
+    names = sorted((name or "", models[name][1]) for name in recipe.models)
     begin = fingerprint(model), model
     claim = _Claim(out, sha256_json([settings, begin[0], names]), resume)
-    run = _Run(models, out, store, None if seconds is None else time.monotonic() + seconds)
+    known = dict(models)
+    run = _Run(known, out, store, None if seconds is None else time.monotonic() + seconds)
     windows = None
     if any(step.calibrated for _, step in numbered(recipe.steps)):
         windows = _calibrated(recipe.calibration, model, begin[0], store)
@@ -53,8 +53,8 @@ def run_steps(
         tokens: list[Path] = []
         parts: list[Any] = [_said(step, HOW | WHAT), before]
         if isinstance(step, Recover):
-            tokens = training_tokens(step, folder, models, store)
-            parts += [models[step.teacher][1], [sha256_file(path) for path in tokens]]
+            tokens = training_tokens(step, folder, known, store)
+            parts += [known[step.teacher][1], [sha256_file(path) for path in tokens]]
         elif isinstance(step, Average):
             parts = [step.kind, step.weights, [key for key, _ in taken]]
         elif windows is not None and step.calibrated:
@@ -66,6 +66,7 @@ def run_steps(
             if store.get(key) is None:
                 run.make(step, key, [folder for _, folder in taken], tokens, windows)
             shutil.rmtree(run.state(key), ignore_errors=True)
+        known[STEP + number] = store.path(key), key
         return key, store.path(key)
 
     try:
