@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from string import ascii_lowercase
+from string import ascii_lowercase, digits
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
@@ -378,7 +378,7 @@ class Recover(Part):
     written: list[Written] = []
     resample: Resample | None = Field(None, description="augment the text; null: train on it as it is")
     teacher: str | None = Field(
-        None, description="a model as in `base`, or step:N, what step N of this recipe made; null: the base"
+        None, description="a model as in `base`, or step:N, what an earlier step N made; null: the base"
     )
     budget: Budget
     losses: Losses = Losses()
@@ -629,10 +629,12 @@ class Recipe(Part):
     def _taught_by_earlier_steps(self) -> Recipe:
         done: list[str] = []
         for number, step in numbered(self.steps):
+            branch = number.rstrip(digits)  # whose steps need not wait for those of others
+            before = [one for one in done if not branch or one.isdigit() or one.startswith(branch)]
             for name in step.models if isinstance(step, Recover) else ():
-                if (wanted := made_by(name)) is not None and wanted not in done:
-                    before = ", ".join(done) or "none"
-                    raise ValueError(f"step {number} learns from {name}; the steps before it are: {before}")
+                if (wanted := made_by(name)) is not None and wanted not in before:
+                    steps = ", ".join(before) or "none"
+                    raise ValueError(f"step {number} learns from {name}; the steps before it are: {steps}")
             done.append(number)
         return self
 

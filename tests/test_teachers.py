@@ -39,21 +39,44 @@ def trained(base: Path, place: Path, steps: list[dict[str, Any]], *options: str)
     place.mkdir()
     path = recipe(place, steps=steps)
     main(["--model", str(base), "--recipe", str(path), "--out", str(place), *options])
-    return load_file(place / "model" / "model.safetensors")
+    made: dict[str, np.ndarray] = load_file(place / "model" / "model.safetensors")
+    return made
 
 
 def same(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> bool:
     return ours.keys() == theirs.keys() and all(np.array_equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_a_step_teaches_what_the_folder_of_its_model_does(base: Path, tmp_path: Path) -> None:
+def test_a_step_teaches_what_the_folder_of_its_model_does(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     ours = trained(base, tmp_path / "step", taught_by("step:1"))
     trained(base, tmp_path / "teacher", [TEACHER])
     named = f"elsewhere={tmp_path / 'teacher' / 'model'}"
     assert same(ours, trained(base, tmp_path / "folder", taught_by("elsewhere"), "--named", named))
-    assert not same(ours, trained(base, tmp_path / "base", taught_by(None)))
-    other = [{**TEACHER, "seed": 1}, *taught_by("step:1")[1:]]
-    assert not same(ours, trained(base, tmp_path / "other", other))
+    with pytest.raises(SystemExit):
+        trained(
+            base, tmp_path / "given", taught_by("step:1"), "--named", named.replace("elsewhere", "step:1")
+        )
+    assert "step:1 is made by the recipe itself" in capsys.readouterr().err
+
+
+def test_runs_that_share_a_store_keep_teachers_apart(base: Path, tmp_path: Path) -> None:
+    store = "--store", str(tmp_path / "store")
+    made = [trained(base, tmp_path / str(t), taught_by(t), *store) for t in ("step:1", None)]
+    assert not same(*made)
+
+
+def test_a_branch_learns_from_none_beside_it(base: Path, tmp_path: Path) -> None:
+    """As branches do not wait for each other."""
+    beside = {**STUDENT, "teacher": "step:1a1"}
+    path = recipe(
+        tmp_path, base, steps=[{"kind": "average", "branches": [[TEACHER, beside], [TEACHER]]}, beside]
+    )
+    assert load(path).models == {None}
+    path = recipe(tmp_path, base, steps=[{"kind": "average", "branches": [[TEACHER], [TEACHER, beside]]}])
+    with pytest.raises(RecipeError, match="step 1b2 learns from step:1a1; the steps before it are: 1b1"):
+        load(path)
 
 
 @pytest.mark.real

@@ -89,6 +89,8 @@ def _named(text: str) -> tuple[str, Path]:
     name, found, folder = text.rpartition("=")
     if not found:
         raise argparse.ArgumentTypeError(f"{text} is not NAME=DIR")
+    if made_by(name) is not None:
+        raise argparse.ArgumentTypeError(f"{name} is made by the recipe itself, or found in --store")
     return name, Path(folder)
 
 
