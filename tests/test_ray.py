@@ -284,7 +284,7 @@ def test_a_training_and_an_evaluation_on_several_machines(cluster: Cluster, tmp_
     evaluation = {"perplexity": [{"windows": 4, "length": 64}], "fidelity": {"windows": 4, "length": 64}}
     recipe = RECIPE | {"base": str(base), "steps": [RECIPE["steps"][0], training]}
     (tmp_path / "tiny.yaml").write_text(
-        yaml.safe_dump(recipe | {"evaluation": evaluation | {"tasks": [task], "workers": 1}})
+        yaml.safe_dump(recipe | {"evaluation": evaluation | {"tasks": [task], "workers": 2}})
     )
     needs = {"stages": {"recover": {"workers": 2}, "evaluate": {"workers": 2}}}
     (tmp_path / "jobs.yaml").write_text(
@@ -311,6 +311,13 @@ def test_a_training_and_an_evaluation_on_several_machines(cluster: Cluster, tmp_
         machine.kill()
         _, alive = psutil.wait_procs(there, PATIENCE_S)
         assert not alive, "what a killed worker had started must end with it"
+        until(lambda: len(task_workers()) == 2, "the task's own workers", LONG_S)
+        own = task_workers()
+        for worker in own:
+            worker.suspend()  # else they may be done before the cluster has begun
+        until(lambda: started("ray::Answerer.answer"), "a worker of the cluster to answer", LONG_S)
+        for worker in own:
+            worker.resume()
         done = finished(process)
     assert done.outcomes == {"tiny": "done"} and done.of("tiny")["attempts"] >= 2
     log = Path(done.of("tiny")["log"]).read_text()
@@ -335,6 +342,16 @@ def test_a_training_and_an_evaluation_on_several_machines(cluster: Cluster, tmp_
 
 def figures(measured: list[Measurement]) -> dict[tuple[str, str], tuple[Any, ...]]:
     return {(m.metric, m.task): (m.value, m.stderr, m.samples, m.dtype) for m in measured}
+
+
+def task_workers() -> list[psutil.Process]:
+    """The processes of this machine that answer a task's shards."""
+    found = []
+    for process in started("-m pipelines.shards "):
+        with suppress(psutil.Error):
+            if any("pipelines.harness" in " ".join(parent.cmdline()) for parent in process.parents()):
+                found.append(process)
+    return found
 
 
 def connected(process: psutil.Process) -> bool:
