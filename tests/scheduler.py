@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -12,6 +13,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from sqlalchemy import NullPool, create_engine, text
+from sqlalchemy.exc import OperationalError
 
 from zoo.registry import Registry, open_registry
 from zoo.registry.job_runs import JobRun, history
@@ -67,12 +71,17 @@ class Done:
     stderr: str
 
     @property
+    def results(self) -> list[dict[str, Any]]:
+        assert self.stdout, self.stderr
+        found: list[dict[str, Any]] = json.loads(self.stdout)["results"]
+        return found
+
+    @property
     def outcomes(self) -> dict[str, str]:
-        return {r["job"]: r["outcome"] for r in json.loads(self.stdout)["results"]}
+        return {r["job"]: r["outcome"] for r in self.results}
 
     def of(self, job: str) -> dict[str, Any]:
-        found: dict[str, Any] = next(r for r in json.loads(self.stdout)["results"] if r["job"] == job)
-        return found
+        return next(r for r in self.results if r["job"] == job)
 
 
 def end(process: subprocess.Popen[str]) -> Done:
@@ -89,6 +98,35 @@ def running(process: subprocess.Popen[str]) -> Iterator[subprocess.Popen[str]]:
     finally:
         process.kill()
         process.wait()
+
+
+def freeze(process: subprocess.Popen[str], place: Place) -> None:
+    """SIGSTOP between two of its transactions: a process that stops within one holds a database's lock."""
+
+    def stopped() -> bool:
+        threads = Path(f"/proc/{process.pid}/task").glob("*/stat")
+        return all(stat.read_text().rpartition(")")[2].split()[0] == "T" for stat in threads)
+
+    def locked() -> bool:
+        if "://" in place.registry_url:
+            url, patience = place.registry_url, {"options": "-c lock_timeout=100"}
+        else:
+            url, patience = f"sqlite:///{place.registry_url}", {"timeout": 0}
+        engine = create_engine(url, connect_args=patience, poolclass=NullPool)
+        try:
+            with engine.connect() as connection:
+                connection.execute(text("UPDATE leases SET beat = beat"))
+        except OperationalError:
+            return True
+        return False
+
+    process.send_signal(signal.SIGSTOP)
+    until(stopped, "the process to stop")
+    while locked():
+        process.send_signal(signal.SIGCONT)
+        time.sleep(0.05)
+        process.send_signal(signal.SIGSTOP)
+        until(stopped, "the process to stop")
 
 
 def until(happened: Any, what: str, patience_s: float = PATIENCE_S) -> None:

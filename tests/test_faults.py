@@ -25,6 +25,7 @@ from tests.scheduler import (
     Place,
     alive,
     end,
+    freeze,
     running,
     until,
     worker_of,
@@ -64,7 +65,7 @@ def test_a_scheduler_that_is_only_frozen(place: Place) -> None:
     behave(place.store, "one", "sleep")
     with running(place.start("--json", *QUICK_PATIENCE)) as frozen:
         until(lambda: working(place, "one"), "the worker to begin")
-        frozen.send_signal(signal.SIGSTOP)
+        freeze(frozen, place)
         second = place.run("--json", *QUICK_PATIENCE)
         assert (second.returncode, second.outcomes) == (0, {"one": "done"})
         frozen.send_signal(signal.SIGCONT)

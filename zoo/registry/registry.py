@@ -851,7 +851,7 @@ def _told_plainly(name: str) -> Iterator[None]:
             raise RegistryError(
                 f"the registry {name} is locked by another process",
                 saw=f"no turn within {BUSY_TIMEOUT_S:.0f} s",
-                try_="run again when the other has finished; nothing is lost",
+                try_="run again when it has finished (kill -CONT one that is stopped); nothing is lost",
             ) from error
         if "pg_trgm" in saw:
             raise RegistryError(
