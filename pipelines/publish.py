@@ -10,6 +10,7 @@ from zoo.hub import client
 from zoo.hub.push import push
 from zoo.progress import say
 from zoo.registry import Registry
+from zoo.speeds import together
 
 
 def check(setting: Publish) -> None:
@@ -32,11 +33,12 @@ def publish(entry: Entry, setting: Publish, store: Store, registry: Registry) ->
     return registry.get(entry.id)
 
 
-def still_published(entry: Entry, registry: Registry) -> Entry:
-    """A newly made entry as published where the registry's entry of the same files was."""
+def still_known(entry: Entry, registry: Registry) -> Entry:
+    """A newly made entry with what the registry knows of the same files: speeds, and publications."""
     known = registry.find(entry.id)
     if entry.status == "failed" or known is None or known.artifacts != entry.artifacts:
         return entry
+    entry = entry.model_copy(update={"benchmarks": together(known.benchmarks, entry.benchmarks)})
     if not known.publications:
         return entry
     return entry.model_copy(update={"status": "published", "publications": known.publications})

@@ -152,7 +152,7 @@ def run(recipe: Recipe, store: Store, registry: Registry, until: str | None = No
     try:
         with logged(log_path(store.root, run_id, recipe_sha256)):
             entry = _run(recipe, recipe_yaml, recipe_sha256, run_)
-            entry = publish.still_published(entry, registry)
+            entry = publish.still_known(entry, registry)
             registry.put(entry)
             if recipe.publish is not None and entry.status != "failed":
                 entry = publish.publish(entry, recipe.publish, store, registry)

@@ -574,7 +574,10 @@ def bench(
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Default: the physical cores.")] = None,
     prompt: Annotated[int, typer.Option(min=1, help="Tokens of prefill.")] = 512,
-    generate: Annotated[int, typer.Option(min=1, help="Tokens of decode.")] = 128,
+    generate: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens of decode. Default: 128; with --record 64."),
+    ] = None,
     context_at: Annotated[
         int | None, typer.Option(min=1, help="Tokens in the context when decode begins; default: the prompt.")
     ] = None,
@@ -586,11 +589,17 @@ def bench(
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw a chart, .png or .svg.", callback=_check_file)
     ] = None,
+    record: Annotated[
+        bool, typer.Option("--record", help="Add the speeds of entries' files to the registry.")
+    ] = False,
     store: StoreOption = STORE,
+    registry: RegistryOption = REGISTRY,
     as_json: JsonOption = False,
 ) -> None:
     """Measure how fast models run here, side by side with llama.cpp and with the memory's own speed."""
+    from zoo import speeds
     from zoo.machine import this_machine
+    from zoo.progress import say
     from zoo.runner import bench as benchmark
     from zoo.runner import chart, contenders
     from zoo.runner.peers import parse_against
@@ -598,12 +607,18 @@ def bench(
     if plot is not None:
         chart.check_plot(plot)
     settings = benchmark.Settings(
-        threads or this_machine().cores, prompt, generate, context_at, _one_of("--kv", kv, "f16 int8"), repeat
+        threads or this_machine().cores,
+        prompt,
+        generate or (speeds.GENERATE if record else 128),
+        context_at,
+        _one_of("--kv", kv, "f16 int8"),
+        repeat,
     )
     store = store.expanduser()
     for target in targets or []:
         _pull_if_absent(target, store)
     opened = [contenders.find(target, store) for target in targets or []]
+    files = speeds.recordable(opened, settings, store, _open(registry)) if record else {}
     planned = contenders.plan(
         opened,
         shape=shape,
@@ -621,6 +636,9 @@ def bench(
         _print_json(measured)
     else:
         _print_bench(measured)
+    if record:
+        speeds.record(measured, files, _open(registry))
+        say(f"recorded: {', '.join(dict.fromkeys(entry for entry, _ in files.values()))}")
 
 
 @app.command()

@@ -52,7 +52,7 @@ class Ours:
         self._engine = open_engine(packed, context=job["context"], threads=job["threads"], kv=job["kv"])
         self._random = np.random.default_rng(0)
         self._vocabulary = packed.architecture.vocabulary
-        self.versions = {"sparse-zoo": f"{__version__} {native.ISA if native.AVAILABLE else 'numpy'}"}
+        self.versions = {"sparse-zoo": f"{__version__} ({native.ISA if native.AVAILABLE else 'NumPy'})"}
         self.run(0, 1, 1)
         self.load_s = time.perf_counter() - began
 
