@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 import psutil
@@ -16,6 +16,7 @@ from zoo.errors import Stopped
 
 GRACE_S = 6.0  # for ending in order; a computation outside Python may not hear of the signal for so long
 LAST_WORDS_S = 2.0
+DYING_S = 1.0
 NAMES: dict[int, str] = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 
 
@@ -73,6 +74,9 @@ def _end(stopped: Stopped, last_words: Callable[[Stopped], None] | None) -> None
         speaking = threading.Thread(target=last_words, args=(stopped,), daemon=True)
         speaking.start()
         speaking.join(LAST_WORDS_S)
-    for process in psutil.Process().children(recursive=True):
-        process.kill()
+    ours = psutil.Process().children(recursive=True)
+    for process in ours:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(ours, timeout=DYING_S)  # who runs the command again must not meet them
     os._exit(128 + stopped.signal)
