@@ -32,6 +32,8 @@ from zoo.errors import FormatError, HubError, StoreError, UsageError, ZooError
 from zoo.files import sha256_bytes
 from zoo.hub import client, download, manifest, pull
 from zoo.hub.push import push
+from zoo.machine import this_machine
+from zoo.registry import open_registry
 
 BIG = "big-entry"  # the tiny model and a file of random bytes
 PADDING = 6_000_000
@@ -655,3 +657,18 @@ def test_generate_pulls_by_itself(server: Server, tmp_path: Path) -> None:
     command[4] = "not-anywhere"
     refused(run(environment), 1, "there is no entry not-anywhere", f"at {server.endpoint}")
     refused(run(environment | {"HF_HUB_OFFLINE": "1"}), 1, "there is no entry not-anywhere", "HF_HUB_OFFLINE")
+
+
+def test_bench_pulls_an_entry_whose_speed_it_is_to_record(server: Server, tmp_path: Path) -> None:
+    """On a machine that other tests keep busy, which else would not be recorded."""
+    code = "import zoo.runner.bench as bench; bench.BUSY_CORES = 1e9; from zoo.cli import main; main()"
+    settings = ["--threads", "1", "--prompt", "8", "--generate", "2", "--repeat", "1"]
+    environment = server.environment(tmp_path / "home")
+    done = subprocess.run(
+        [sys.executable, "-c", code, "bench", ID, *settings, "--record", "--store", tmp_path / "store"],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    recorded = open_registry(str(tmp_path / "registry.db"), create=False).get(ID)
+    here = [b for b in recorded.benchmarks if b.machine == this_machine()]
+    assert [(b.artifact, b.prompt_tokens, b.generated_tokens) for b in here] == [("packed.safetensors", 8, 2)]

@@ -616,7 +616,7 @@ def bench(
     )
     store = store.expanduser()
     for target in targets or []:
-        _pull_if_absent(target, store)
+        _pull_if_absent(target, store, registry if record else None)
     opened = [contenders.find(target, store) for target in targets or []]
     files = speeds.recordable(opened, settings, store, _open(registry)) if record else {}
     planned = contenders.plan(
@@ -1237,11 +1237,11 @@ def _folder_of_this_machine(folder: Path) -> Path:
     )
 
 
-def _pull_if_absent(target: str, store: Path) -> None:
+def _pull_if_absent(target: str, store: Path, into: str | None = None) -> None:
     """If `target` is no file, but could be the id of an entry that is not here, pull what runs of it.
 
-    The entry goes into the registry if there is one. If it cannot be found, what is said is what the store
-    lacks, and why the Hub did not have it.
+    The entry goes into the registry `into`; None: the environment's, if there is one. If it cannot be found,
+    what is said is what the store lacks, and why the Hub did not have it.
     """
     from zoo.runner.generate import find
 
@@ -1271,8 +1271,8 @@ def _pull_if_absent(target: str, store: Path) -> None:
             absent.try_ = f"zoo run, with its recipe, makes them: `zoo show {target} --json` has it"
         raise absent from error
     say(f"{target} is not here: pulling {repository} from {hub.endpoint}")
-    url = os.environ.get("ZOO_REGISTRY") or REGISTRY
-    there = "://" in url or Path(url).expanduser().exists()
+    url = into or os.environ.get("ZOO_REGISTRY") or REGISTRY
+    there = into is not None or "://" in url or Path(url).expanduser().exists()
     registry = open_registry(url) if there else None
     pull.pull(repository, hub, store=store.expanduser(), registry=registry, only="sparse")
 
