@@ -50,6 +50,7 @@ ON_RAY = (
 def cluster() -> Iterator[Cluster]:
     """A head without CPUs, so that jobs run on the nodes that tests add."""
     os.environ["PYTHONPATH"] = str(ROOT)  # of the nodes' processes
+    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  # else other tests take their processors away
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     yield made
     made.shutdown()
@@ -259,12 +260,12 @@ def test_workers_of_the_cluster_answer_shards_and_one_is_killed_in_the_middle(
             own = started("-m pipelines.shards ")
             for worker in own:
                 worker.suspend()  # else they are done before the cluster has begun
-            until(lambda: started("ray::Answerer.answer"), "a worker of the cluster to be at a shard")
+            until(lambda: started("ray::Answerer.answer"), "a worker of it to be at a shard", LONG_S)
             started("ray::Answerer.answer")[0].kill()
-            until(lambda: len(Store(mine.store).keys()) > 1, "the other to answer")
+            until(lambda: len(Store(mine.store).keys()) > 1, "the other to answer", LONG_S)
             for worker in own:
                 worker.resume()
-            out, err = process.communicate(timeout=PATIENCE_S)
+            out, err = process.communicate(timeout=LONG_S)
     finally:
         ray.shutdown()
     assert process.returncode == 0, err
