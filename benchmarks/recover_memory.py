@@ -11,8 +11,6 @@ the seconds of a step before and while weights are rounded.
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -28,7 +26,7 @@ from zoo.runner.shapes import shape
 
 STEPS = 40
 APART = (
-    10  # steps between two points of the curve; from the 10th to the 20th and from the 30th on none compiles
+    10  # steps between two points of the curve: none compiles from the 10th to the 20th, and after the 30th
 )
 TOKENS = 1 << 22
 
@@ -90,12 +88,15 @@ def write_model(one: Architecture, folder: Path) -> None:
 
 
 def measured(folder: Path, step: Recover, memory_gb: float | None) -> dict[str, Any]:
-    """Train; peaks in bytes, seconds of steps, on what. The process must be one of its own."""
+    """Train; peaks in bytes, seconds of steps, on what."""
     import torch
 
     from pipelines.recover.train import Job, train
 
     gpu = torch.cuda.is_available()
+    if gpu:  # what writing the model took
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     if memory_gb is not None and gpu:
         whole = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(memory_gb * 1e9 / whole, 1.0))
@@ -122,31 +123,16 @@ def main() -> None:
     parser.add_argument("--memory", type=float, metavar="GB", help="of the GPU, at most")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="changes")
     parser.add_argument("--scratch", type=Path, help="folder with room for two such models")
-    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     try:
         step = training(arguments.recipe, arguments.changes)
-        if arguments.child is not None:
-            found = measured(arguments.child, step, arguments.memory)
-            (arguments.child / "found.json").write_text(json.dumps(found))
-            return
         one = shape(arguments.shape, arguments.layers)
         with tempfile.TemporaryDirectory(dir=arguments.scratch) as scratch:
             folder = Path(scratch)
             write_model(one, folder / "model")
             ids = np.random.default_rng(0).integers(0, one.vocabulary, TOKENS)
             np.save(folder / "random.npy", ids.astype(np.uint16 if one.vocabulary <= 1 << 16 else np.uint32))
-            command = [
-                sys.executable,
-                "-m",
-                "benchmarks.recover_memory",
-                *sys.argv[1:],
-                "--child",
-                str(folder),
-            ]
-            if code := subprocess.run(command, check=False).returncode:
-                sys.exit(code)
-            found = json.loads((folder / "found.json").read_text())
+            found = measured(folder, step, arguments.memory)
     except (ZooError, OSError) as error:
         sys.exit(f"recover_memory: {error}")
     print(

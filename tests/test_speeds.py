@@ -12,8 +12,10 @@ import pytest
 from pipelines.publish import still_known
 from tests import example
 from tests.tiny_entry import ID, Shelf, model_files, shelve
+from zoo.errors import ZooError
 from zoo.machine import this_machine
-from zoo.speeds import together
+from zoo.runner.bench import Bench
+from zoo.speeds import record, together
 
 QUICK = ["--threads", "1", "--prompt", "16", "--generate", "4", "--repeat", "1"]
 
@@ -119,3 +121,13 @@ def test_made_again_an_entry_keeps_the_speeds_of_other_machines(shelf: Shelf) ->
     assert still_known(changed, shelf.registry).benchmarks == [ours]
     threads = ours.model_copy(update={"threads": ours.threads + 1})
     assert together([ours], [threads]) == [ours, threads]
+
+
+def test_an_entry_that_is_made_anew_meanwhile_gets_no_speed_of_the_old_file(shelf: Shelf) -> None:
+    entry = shelf.entry()
+    old = next(a for a in entry.artifacts if a.kind == "packed")
+    shelf.registry.put(entry.model_copy(update={"artifacts": [a for a in entry.artifacts if a != old]}))
+    measured = Bench.model_construct(cores_taken=0.0, rows=[])
+    with pytest.raises(ZooError, match="made anew meanwhile"):
+        record(measured, {0: (ID, old)}, shelf.registry)
+    assert shelf.entry().benchmarks == []

@@ -614,11 +614,13 @@ def bench(
         _one_of("--kv", kv, "f16 int8"),
         repeat,
     )
+    if record:
+        speeds.check_settings(settings)
     store = store.expanduser()
     for target in targets or []:
         _pull_if_absent(target, store, registry if record else None)
     opened = [contenders.find(target, store) for target in targets or []]
-    files = speeds.recordable(opened, settings, store, _open(registry)) if record else {}
+    files = speeds.recordable(opened, store, _open(registry)) if record else {}
     planned = contenders.plan(
         opened,
         shape=shape,

@@ -14,29 +14,32 @@ from zoo.runner.bench import Bench, BenchRow, Settings
 from zoo.runner.contenders import Contender
 
 GENERATE = 64  # tokens of decode, as `zoo run` measures them: other speeds do not compare
-Files = Mapping[int, tuple[str, str]]  # position of a contender -> its entry's id, and its path therein
+Files = Mapping[int, tuple[str, Artifact]]  # position of a contender -> its entry's id, and its file
 
 
-def recordable(opened: Sequence[Contender], settings: Settings, store: Path, registry: Registry) -> Files:
-    """Those of the contenders that are files of entries, as they are recorded.
-
-    Raises UsageError if what would be measured of them has no place in a record, RegistryError if an entry is
-    not in the registry, ZooError if a file is not the entry's: before anything is measured.
-    """
+def check_settings(settings: Settings) -> None:
+    """Raise UsageError for what has no place in a record."""
     if settings.filled != settings.prompt or settings.kv != "f16":
         raise UsageError(
             "--record is of decode right after the prompt, with keys and values in f16",
             saw=f"--context-at {settings.filled}, --prompt {settings.prompt}, --kv {settings.kv}",
             try_="the same without --context-at and --kv",
         )
+
+
+def recordable(opened: Sequence[Contender], store: Path, registry: Registry) -> Files:
+    """Those of the contenders that are files of entries, as they are recorded.
+
+    Raises RegistryError if an entry is not in the registry, ZooError if a file is not the entry's, UsageError
+    if there is none.
+    """
     entries = (store / "entries").absolute()
     found = {}
     for position, contender in enumerate(opened):
         path = contender.path.absolute()
         if path.is_relative_to(entries):
             entry_id, *below = path.relative_to(entries).parts
-            _check(registry.get(entry_id), path, "/".join(below))
-            found[position] = (entry_id, "/".join(below))
+            found[position] = (entry_id, _artifact(registry.get(entry_id), path, "/".join(below)))
     if not found:
         raise UsageError(
             "--record needs an entry whose speed it may record",
@@ -46,19 +49,20 @@ def recordable(opened: Sequence[Contender], settings: Settings, store: Path, reg
     return found
 
 
-def _check(entry: Entry, path: Path, named: str) -> None:
-    known: Artifact | None = next((a for a in entry.artifacts if a.path == named), None)
+def _artifact(entry: Entry, path: Path, named: str) -> Artifact:
+    known = next((a for a in entry.artifacts if a.path == named), None)
     if known is None or sha256_file(path) != known.sha256:
         raise ZooError(
             f"{path} is not the {named} that {entry.id} is recorded with",
             try_="zoo fsck --registry REGISTRY --store STORE says what is wrong, and how to mend it",
         )
+    return known
 
 
 def record(measured: Bench, files: Files, registry: Registry) -> None:
     """Put the speeds of `files`, which are the first rows of what was measured, into their entries.
 
-    Raises ZooError if other programs disturbed the measurement.
+    Raises ZooError if other programs disturbed the measurement, or an entry was made anew meanwhile.
     """
     if measured.cores_taken > bench.BUSY_CORES:
         raise ZooError(
@@ -68,12 +72,14 @@ def record(measured: Bench, files: Files, registry: Registry) -> None:
             try_="the same when the machine is idle",
         )
     for entry_id in dict.fromkeys(entry_id for entry_id, _ in files.values()):
-        fresh = [
-            _benchmark(measured, measured.rows[position], path)
-            for position, (owner, path) in files.items()
-            if owner == entry_id
-        ]
+        ours = {position: file for position, (owner, file) in files.items() if owner == entry_id}
         entry = registry.get(entry_id)
+        if not all(file in entry.artifacts for file in ours.values()):
+            raise ZooError(
+                f"{entry_id} was made anew meanwhile: its speed was not recorded",
+                try_="the same command again",
+            )
+        fresh = [_benchmark(measured, measured.rows[at], file.path) for at, file in ours.items()]
         registry.put(entry.model_copy(update={"benchmarks": together(entry.benchmarks, fresh)}))
 
 
