@@ -25,9 +25,8 @@ from zoo.runner.packed import Architecture
 from zoo.runner.shapes import shape
 
 STEPS = 40
-APART = (
-    10  # steps between two points of the curve: none compiles from the 10th to the 20th, and after the 30th
-)
+# Steps between two points of the curve: none compiles from the 10th to the 20th, and after the 30th.
+APART = 10
 TOKENS = 1 << 22
 
 
