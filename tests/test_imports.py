@@ -40,6 +40,25 @@ def heavy_after(program: str, *arguments: str) -> str:
     return done.stderr.splitlines()[-1]
 
 
+def loaded_by(*arguments: str) -> set[str]:
+    """The packages that a command loads beside Python's own and those of this Python's start."""
+    names = "print(*{name.partition('.')[0] for name in sys.modules if name[0] != '_'}, file=sys.stderr)"
+    command = (
+        "import sys; from zoo import cli\n"
+        f"sys.argv = ['zoo', *{arguments!r}]\n"
+        "try: cli.main()\n"
+        f"except SystemExit as end: assert not end.code, end.code\n{names}"
+    )
+    found = []
+    for program in (f"import sys\n{names}", command):
+        done = subprocess.run(
+            [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        found.append(set(done.stderr.splitlines()[-1].split()))
+    return found[1] - found[0] - sys.stdlib_module_names
+
+
 def test_there_are_modules() -> None:
     assert {"zoo.cli", "zoo.registry.registry", "zoo.analyze", "cards.render"} <= set(MODULES)
 
@@ -57,16 +76,16 @@ def test_importing_all_of_zoo_and_cards_loads_nothing_heavy() -> None:
     assert heavy_after("\n".join(f"import {module}" for module in MODULES)) == "[]"
 
 
-def test_zoo_list_loads_nothing_heavy(tmp_path: Path) -> None:
+def test_a_command_loads_what_it_needs_alone(tmp_path: Path) -> None:
+    """Most of a short command's time is this. `python -m benchmarks.startup` measures it."""
     url = str(tmp_path / "registry.db")
     open_registry(url).put(entry())
-    program = (
-        "import sys; from zoo import cli\n"
-        f"sys.argv = ['zoo', 'list', '--registry', {url!r}]\n"
-        "try: cli.main()\n"
-        "except SystemExit as end: assert not end.code, end.code"
-    )
-    assert heavy_after(program) == "[]"
+    parser = {"zoo", "typer", "annotated_doc", "shellingham"}
+    checks = {"pydantic", "pydantic_core", "annotated_types", "typing_inspection", "typing_extensions"}
+    tables = {"sqlalchemy", "cython_runtime", "psutil", *checks}
+    assert loaded_by("--help") - parser == set()
+    assert loaded_by("list", "--registry", url) - parser - tables == set()
+    assert loaded_by("list", "--registry", url) >= {"zoo", "sqlalchemy"}
 
 
 def test_the_check_for_heavy_modules_can_fail() -> None:
