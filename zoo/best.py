@@ -304,7 +304,8 @@ def _missing(
             other = next(iter(settings.values()))
             machine = other.machine.fingerprint[:8]
             elsewhere = f"({machine})" not in measured.get("speed", "")
-            return f"{reason}; it was as {_describe(other)}" + (f": see --for {machine}" if elsewhere else "")
+            seen = f"see --for {machine}, or measure it here: zoo bench ID --record"
+            return f"{reason}; it was as {_describe(other)}" + (f": {seen}" if elsewhere else "")
     for constraint in within:
         if constraint.of_base and getattr(candidate, f"base_{constraint.figure}") is None:
             figure = constraint.figure

@@ -1686,8 +1686,12 @@ def _print_best(found: Best, whole_front: bool) -> None:
         f"{found.considered} entries of {found.base}: {len(found.front)} on the Pareto front of "
         f"{', '.join(found.axes)}; {found.outside} outside the limits, {len(found.left_out)} not comparable"
     )
-    for left in found.left_out[:5]:
-        _tell(f"  {left.id}: {left.reason}")
+    reasons: dict[str, list[str]] = {}
+    for left in found.left_out:
+        reasons.setdefault(left.reason, []).append(left.id)
+    for reason, ids in list(reasons.items())[:5]:
+        more = f" and {len(ids) - 5} more" if len(ids) > 5 else ""
+        _tell(f"  {', '.join(ids[:5])}{more}: {reason}")
 
 
 def _value(measured: Measurement | None) -> str:

@@ -107,6 +107,7 @@ def check_machine(name: str, registries: Sequence[Registry]) -> Machine:
         raise UsageError(
             f"nothing in the registry was measured on a machine {name!r}",
             expected="; ".join(map(_called, _machines(registries))) or "entries with measured speed",
+            try_="`zoo bench ID --record` on it, which measures an entry there",
         )
     raise UsageError(
         f"{name!r} may be any of {len(found)} machines, whose speeds do not compare",
