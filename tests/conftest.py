@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,12 @@ from tests import postgres
 from tests.postgres import database
 from tests.scheduler import Place
 from zoo.registry import Registry, open_registry
+
+
+def pytest_configure() -> None:
+    # llama.cpp's threads else spin while they wait for one another: beside two busy programs, on two
+    # processors, a run took seven times as long.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 def pytest_unconfigure() -> None:
