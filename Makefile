@@ -31,7 +31,7 @@ demo: $(READY)
 
 # A process of the tests that crashes ends them, naming the test; pytest-xdist would wait for ever for its others.
 test: $(READY) lint
-	@echo "== Tests, those on real models included: about 30 minutes on 2 cores"
+	@echo "== Tests, those on real models included: about 45 minutes on 2 cores"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(CORES) --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 lint: $(READY)
