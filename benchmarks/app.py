@@ -30,14 +30,16 @@ def seconds(act: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def measure(tab: Page, address: str) -> dict[str, list[float]]:
+def measure(tab: Page, address: str, pages: int = 1) -> dict[str, list[float]]:
+    """Seconds of each opening of the first page, and of each of the SEARCHES."""
+
     def opened() -> None:
         tab.goto(address)
         expect(cards(tab).nth(PER_PAGE - 1)).to_be_visible()
 
     opened()  # the server's first page also reads its own files
     settled(tab)
-    times: dict[str, list[float]] = {"page": [seconds(opened)], "search": []}
+    times: dict[str, list[float]] = {"page": [seconds(opened) for _ in range(pages)], "search": []}
     settled(tab)
     everything = found(tab)
     for text in SEARCHES:
@@ -57,9 +59,10 @@ def main() -> None:
         fill(str(registry), options.entries)
         browser = launched(playwright)
         for number in range(options.rounds + 1):
-            began = time.perf_counter()
-            with served(registry, Path(folder) / "store") as address, browser.new_context() as context:
-                start = time.perf_counter() - began
+            with (
+                served(registry, Path(folder) / "store") as (address, start),
+                browser.new_context() as context,
+            ):
                 once = {"start": [start], **measure(patient(context.new_page()), address)}
             for name, values in once.items() if number else ():
                 times[name] += values

@@ -29,8 +29,8 @@ PER_PAGE = 24
 
 
 @contextmanager
-def served(registry: Path, store: Path) -> Iterator[str]:
-    """`zoo app` in a process of its own: its address, once it answers."""
+def served(registry: Path, store: Path) -> Iterator[tuple[str, float]]:
+    """`zoo app` in a process of its own: its address, and the seconds until it answered."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -50,7 +50,7 @@ def served(registry: Path, store: Path) -> Iterator[str]:
                 assert process.poll() is None, log.read_text()
                 assert time.monotonic() - began < PATIENCE_S
                 time.sleep(0.02)
-        yield address
+        yield address, time.monotonic() - began
     finally:
         process.terminate()
         process.wait(timeout=PATIENCE_S)

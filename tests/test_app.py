@@ -53,7 +53,7 @@ def url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 def shown(page: str = "", /, **parameters: str | list[str]) -> AppTest:
     """A page after its first run, opened by a URL with these query parameters."""
-    test = AppTest.from_file(str(APP / "main.py"), default_timeout=120)
+    test = AppTest.from_file(str(APP / "main.py"), default_timeout=30)
     if page:
         test = test.run().switch_page(f"{page}.py")
     for name, value in parameters.items():

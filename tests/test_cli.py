@@ -6,6 +6,7 @@ import io
 import json
 import os
 import platform
+import pstats
 import re
 import shlex
 import signal
@@ -91,9 +92,26 @@ def as_json(*arguments: str, url: str | None = None) -> Any:
 # --- each command ---
 
 
+def calls(profile: Path, *arguments: str) -> int:
+    """Calls of functions that a command makes in a process of its own: on every machine the same."""
+    program = [sys.executable, "-m", "cProfile", "-o", str(profile), "-m", "zoo.cli", *arguments]
+    for _ in range(2):  # the first compiles
+        subprocess.run(program, cwd=ROOT, capture_output=True, check=True)
+    return int(pstats.Stats(str(profile)).total_calls)  # type: ignore[attr-defined]
+
+
 def test_version_and_help() -> None:
     assert "compare" in zoo("--help").stdout
     assert zoo("--version").stdout == f"zoo {__version__}\n"
+
+
+def test_help_and_list_are_fast(url: str, tmp_path: Path) -> None:
+    """The imports of Typer, SQLAlchemy and Pydantic alone are 320,000; `benchmarks.startup` has the seconds.
+
+    900,000 take 0.8 s where `zoo list` was to take less than one.
+    """
+    assert 50_000 < calls(tmp_path / "help", "--help") < 200_000
+    assert 320_000 < calls(tmp_path / "list", "list", "--registry", url) < 900_000
 
 
 def test_list(url: str) -> None:

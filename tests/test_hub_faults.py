@@ -9,7 +9,6 @@ import json
 import os
 import random
 import re
-import select
 import signal
 import socket
 import subprocess
@@ -854,7 +853,7 @@ def test_a_link_in_the_store_is_not_followed(tmp_path: Path) -> None:
 
 IMPATIENT = """
 import zoo.hub.web_protocol as protocol, zoo.hub.server as server
-protocol.HEAD_S = protocol.PIECE_S = server.BODY_S = 4.0
+protocol.HEAD_S = protocol.PIECE_S = server.BODY_S = 1.0
 server.SLOWEST = 1e9
 """
 
@@ -892,8 +891,9 @@ def test_slow_clients_are_sent_away_and_hold_up_nobody(tmp_path: Path) -> None:
     with serving(tmp_path, token=token, before=IMPATIENT) as server, connected(server, 50) as waiting:
         for number, one in enumerate(waiting):
             one.sendall(beginnings[number % len(beginnings)])
-        assert Wire(server).ask(request("GET", "/api/models"))[0] == 200
-        assert not select.select(waiting, [], [], 0)[0]  # with all of them there
+        begun = time.monotonic()
+        assert Wire(server).ask(request("GET", "/api/models"))[0] == 200  # with all of them there
+        assert time.monotonic() - begun < 1
         for number, one in enumerate(waiting):
             answer = one.recv(65536)
             assert b" 408 " in answer, (beginnings[number % len(beginnings)], answer)
@@ -902,7 +902,7 @@ def test_slow_clients_are_sent_away_and_hold_up_nobody(tmp_path: Path) -> None:
         # One who asks for a file and does not read it.
         with connected(server, 1) as (lazy,):
             lazy.sendall(request("GET", "/me/model/resolve/main/w"))
-            time.sleep(6)
+            time.sleep(2.5)
             came = 0
             with pytest.raises(ConnectionError):
                 while piece := lazy.recv(1 << 20):

@@ -568,7 +568,7 @@ try:
         forward(engine, 4096)
         print("not interrupted in time", flush=True)
 except KeyboardInterrupt:
-    print("ended", time.process_time(), flush=True)
+    print("ended", time.monotonic(), flush=True)
 assert np.array_equal(forward(engine, 50), expected)
 assert np.array_equal(forward(engine, 1, 50), forward(engine, 1, 50))
 print("works", flush=True)
@@ -584,11 +584,11 @@ print("works", flush=True)
         assert child.stdout is not None
         assert child.stdout.readline() == "ready\n"
         time.sleep(0.3)
-        sent = sum(psutil.Process(child.pid).cpu_times()[:2])
+        sent = time.monotonic()
         child.send_signal(signal.SIGINT)
         word, _, when = child.stdout.readline().partition(" ")
         assert word == "ended"
-        assert float(when) - sent < 1.0  # of its own processors' time: others may be busy
+        assert float(when) - sent < 1.0
         assert child.stdout.readline() == "works\n"
         assert child.wait(30) == 0
 
